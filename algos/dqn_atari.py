@@ -271,7 +271,7 @@ class FrameReplay:
         older = self.size - 1 - (self.head - 1 - row) % self.rows  # rows stored before this one
         opened = np.zeros(len(row), bool)
         for back in range(self.stack - 1):  # walk back to the opening, at most stack - 1 rows
-            opened |= self.opens[row - back, games] & (older >= back)
+            opened |= self.opens[(row - back) % self.rows, games] & (older >= back)
         whole = opened | (older >= self.stack - 1)
         return (older >= 0) & whole & self.window(indices)[3]
 

@@ -1,0 +1,130 @@
+"""What the replay and the losses must compute, written as plainly as can be and shared by all tests.
+
+Nothing here is fast, and nothing here is used by the scripts.
+"""
+
+import numpy as np
+
+
+class OracleReplay:
+    """A replay that keeps the whole history of every game, with the stacks as the environment gave
+    them, and works out from the definition which transitions can be drawn and what they are."""
+
+    def __init__(self, capacity, num_envs=1, stack=4, n_step=1, gamma=0.99):
+        self.rows, self.num_envs, self.stack = capacity // num_envs, num_envs, stack
+        self.n_step, self.gamma = n_step, gamma
+        self.history = [[] for _ in range(num_envs)]
+
+    def add(self, stacks, actions, rewards, terminations, episode_starts):
+        """One step of every game; `stacks` (num_envs, stack, ...) is the whole observation."""
+        for game in range(self.num_envs):
+            row = (stacks[game], actions[game], rewards[game])
+            row += (bool(terminations[game]), bool(episode_starts[game]))
+            self.history[game].append(row)
+
+    def transitions(self):
+        """{flat index: (obs, action, return, next_obs, discount)} of all that can be drawn."""
+        found = {}
+        for game, history in enumerate(self.history):
+            for t in range(max(len(history) - self.rows, 0), len(history)):
+                transition = self._transition(history, t)
+                if transition:
+                    found[game * self.rows + t % self.rows] = transition
+        return found
+
+    def _transition(self, history, t):
+        oldest, end = max(len(history) - self.rows, 0), len(history)
+
+        def opens(i):
+            return history[i][4]
+
+        def final(i):  # the next row opens an episode
+            return i + 1 < end and opens(i + 1)
+
+        if final(t):
+            return None
+        # every frame of the stack must still be stored, back to the one that opened the episode
+        first = t
+        while first > t - (self.stack - 1) and not opens(first):
+            first -= 1
+            if first < oldest:
+                return None
+        # follow the game until n steps are done, it terminates, or it reaches its final observation
+        k, total, terminated = 0, 0.0, False
+        while True:
+            if t + k + 1 >= end:
+                return None  # what the step led to is not stored yet
+            total += self.gamma**k * history[t + k][2]
+            terminated = history[t + k][3]
+            k += 1
+            if terminated or k == self.n_step or final(t + k):
+                break
+        discount = 0.0 if terminated else self.gamma**k
+        return history[t][0], history[t][1], total, history[t + k][0], discount
+
+
+def conv2d(x, weight, bias, stride):
+    """(B, C, H, W) with (O, C, K, K) -> (B, O, H', W')"""
+    k = weight.shape[2]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (k, k), axis=(2, 3))
+    windows = windows[:, :, ::stride, ::stride]  # (B, C, H', W', K, K)
+    return np.einsum("bchwij,ocij->bohw", windows, weight, optimize=True) + bias[:, None, None]
+
+
+def q_values(state_dict, obs):
+    """The action values of either network from its weights alone, in float64."""
+    w = [np.asarray(v, np.float64) for v in state_dict.values()]
+    if w[0].ndim == 4:
+        x = obs.astype(np.float64) / 255
+        for i, stride in enumerate((4, 2, 1)):
+            x = np.maximum(conv2d(x, w[2 * i], w[2 * i + 1], stride), 0)
+        x, w = x.reshape(len(x), -1), w[6:]
+    else:
+        x = obs.astype(np.float64)
+    layers = list(zip(w[::2], w[1::2]))
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight.T + bias
+        x = np.maximum(x, 0) if i < len(layers) - 1 else x
+    return x
+
+
+def td_errors(double, q_state, target_state, batch):
+    """y - Q(s, a), one transition at a time."""
+    q, q_next = q_values(q_state, batch["obs"]), q_values(q_state, batch["next_obs"])
+    target_next, errors = q_values(target_state, batch["next_obs"]), []
+    for i, action in enumerate(batch["actions"]):
+        chosen = int(np.argmax(q_next[i] if double else target_next[i]))
+        y = batch["rewards"][i] + batch["discounts"][i] * target_next[i][chosen]
+        errors.append(y - q[i][action])
+    return np.array(errors)
+
+
+def loss_of(errors, kind):
+    squared = 0.5 * errors**2
+    linear = np.abs(errors) - 0.5
+    huber = np.where(np.abs(errors) < 1, squared, linear)
+    return huber.mean() if kind == "huber" else (errors**2).mean()
+
+
+def perceptron_gradients(weights, obs, d_q):
+    """Backpropagation through linear, ReLU, linear, ReLU, linear. `weights`: [W1, b1, W2, b2, W3, b3];
+    d_q (B, A): the loss's derivative by the action values. -> gradients in the same order"""
+    activations = [obs.astype(np.float64)]
+    for i in range(0, 6, 2):
+        x = activations[-1] @ weights[i].T + weights[i + 1]
+        activations.append(np.maximum(x, 0) if i < 4 else x)
+    gradients, delta = [], d_q
+    for i in (4, 2, 0):
+        gradients = [delta.T @ activations[i // 2], delta.sum(axis=0), *gradients]
+        delta = (delta @ weights[i]) * (activations[i // 2] > 0)
+    return gradients
+
+
+def adam_step(weights, gradients, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """The first step of Adam (Kingma and Ba, 2015, algorithm 1) from zero moments."""
+    stepped = []
+    for w, g in zip(weights, gradients):
+        m_hat = (1 - beta1) * g / (1 - beta1)
+        v_hat = (1 - beta2) * g * g / (1 - beta2)
+        stepped.append(w - lr * m_hat / (np.sqrt(v_hat) + eps))
+    return stepped

@@ -1,0 +1,128 @@
+"""The losses and one whole update against NumPy, in float64."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+N_ACTIONS, BATCH = 4, 8
+
+
+def random_batch(m, rng, atari):
+    shape = (BATCH, 4, 84, 84) if atari else (BATCH, 6)
+    draw = (lambda: rng.integers(256, size=shape, dtype=np.uint8)) if atari else None
+    draw = draw or (lambda: rng.normal(size=shape))
+    discounts = 0.99 ** rng.integers(1, 4, BATCH).astype(np.float64)
+    discounts[:3] = 0  # terminated; the others were cut by n or by a truncation, and bootstrap
+    arrays = {
+        "obs": draw(),
+        "actions": rng.integers(N_ACTIONS, size=BATCH),
+        "rewards": rng.normal(size=BATCH) * 3,
+        "next_obs": draw(),
+        "discounts": discounts,
+        "indices": np.arange(BATCH),
+    }
+    return arrays, m.Batch(**{k: torch.from_numpy(v) for k, v in arrays.items()})
+
+
+def networks(m, atari):
+    make = (lambda: m.QNetwork(N_ACTIONS)) if atari else (lambda: m.QNetwork(6, N_ACTIONS))
+    q_network, target_network = make().double(), make().double()
+    if atari:  # the layout that the scripts train in
+        q_network.to(memory_format=torch.channels_last)
+    return q_network, target_network
+
+
+@pytest.mark.parametrize("loss", ["huber", "mse"])
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_equals_the_oracle(script, loss, seed):
+    torch.manual_seed(seed)
+    atari, double = "atari" in script.__name__, script.__name__.startswith("ddqn")
+    q_network, target_network = networks(script, atari)
+    arrays, batch = random_batch(script, np.random.default_rng(seed), atari)
+    args = script.Args(loss=loss)
+    value, td_error = script.td_loss(q_network, target_network, batch, args)
+    expected = oracle.td_errors(
+        double, q_network.state_dict(), target_network.state_dict(), arrays
+    )
+    other = oracle.td_errors(
+        not double, q_network.state_dict(), target_network.state_dict(), arrays
+    )
+    np.testing.assert_allclose(td_error.numpy(), expected, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(value.item(), oracle.loss_of(expected, loss), rtol=1e-9)
+    assert not np.allclose(expected, other), "this batch would not tell DQN from Double DQN"
+    assert not td_error.requires_grad
+
+
+@pytest.mark.parametrize("loss", ["huber", "mse"])
+def test_gradient_flows_through_the_value_of_the_action_taken_only(script, loss):
+    torch.manual_seed(5)
+    atari, double = "atari" in script.__name__, script.__name__.startswith("ddqn")
+    q_network, target_network = networks(script, atari)
+    arrays, batch = random_batch(script, np.random.default_rng(5), atari)
+    value, _ = script.td_loss(q_network, target_network, batch, script.Args(loss=loss))
+    value.backward()
+    errors = oracle.td_errors(double, q_network.state_dict(), target_network.state_dict(), arrays)
+    slope = np.clip(-errors, -1, 1) if loss == "huber" else -2 * errors
+    expected = np.zeros(N_ACTIONS)
+    np.add.at(expected, arrays["actions"], slope / BATCH)
+    np.testing.assert_allclose(q_network.network[-1].bias.grad.numpy(), expected, rtol=1e-9)
+    assert all(p.grad is None for p in target_network.parameters())
+
+
+def test_one_update_equals_the_oracle(cartpole):
+    """td_loss, backpropagation and Adam, as the script does them."""
+    torch.manual_seed(0)
+    q_network, target_network = networks(cartpole, atari=False)
+    arrays, batch = random_batch(cartpole, np.random.default_rng(0), atari=False)
+    double = cartpole.__name__.startswith("ddqn")
+    before = [p.detach().numpy().copy() for p in q_network.parameters()]
+    errors = oracle.td_errors(double, q_network.state_dict(), target_network.state_dict(), arrays)
+    d_q = np.zeros((BATCH, N_ACTIONS))
+    d_q[np.arange(BATCH), arrays["actions"]] = -2 * errors / BATCH
+    expected = oracle.adam_step(
+        before, oracle.perceptron_gradients(before, arrays["obs"], d_q), lr=1e-3
+    )
+
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-3, fused=True)
+    value, _ = cartpole.td_loss(q_network, target_network, batch, cartpole.Args(loss="mse"))
+    value.backward()
+    optimizer.step()
+    for p, e in zip(q_network.parameters(), expected):
+        np.testing.assert_allclose(p.detach().numpy(), e, rtol=1e-7, atol=1e-9)
+
+
+def test_fast_layout_changes_rounding_only(atari):
+    """channels_last and the fused optimiser, on by default, give the update of the plain ones."""
+    weights = []
+    for fast in (False, True):
+        torch.manual_seed(1)
+        q_network, target_network = atari.QNetwork(N_ACTIONS), atari.QNetwork(N_ACTIONS)
+        if fast:
+            q_network.to(memory_format=torch.channels_last)
+            target_network.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-4, fused=fast)
+        for seed in range(3):
+            _, batch = random_batch(atari, np.random.default_rng(seed), atari=True)
+            batch = batch._replace(
+                rewards=batch.rewards.float(), discounts=batch.discounts.float()
+            )
+            loss, _ = atari.td_loss(q_network, target_network, batch, atari.Args())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        weights.append([p.detach().clone() for p in q_network.parameters()])
+    start = atari.QNetwork(N_ACTIONS)
+    torch.manual_seed(1)
+    start = list(atari.QNetwork(N_ACTIONS).parameters())
+    for plain, fast, first in zip(*weights, start):
+        moved = (plain - first).abs().max()
+        assert moved > 1e-5
+        # Adam's first steps divide by tiny second moments; a few weights may differ by a step
+        assert (plain - fast).abs().mean() < 0.01 * moved
+
+
+def test_epsilon(script):
+    args = script.Args(total_timesteps=1000, exploration_fraction=0.1, start_e=1.0, end_e=0.1)
+    values = [script.epsilon_at(step, args) for step in (0, 50, 100, 500, 1000)]
+    assert values == pytest.approx([1.0, 0.55, 0.1, 0.1, 0.1])
