@@ -1,4 +1,4 @@
-"""What the replay and the losses must compute, written as plainly as can be and shared by all tests.
+"""What the replay and the losses must compute, as plainly as can be, for all tests.
 
 Nothing here is fast, and nothing here is used by the scripts.
 """
@@ -107,8 +107,11 @@ def loss_of(errors, kind):
 
 
 def perceptron_gradients(weights, obs, d_q):
-    """Backpropagation through linear, ReLU, linear, ReLU, linear. `weights`: [W1, b1, W2, b2, W3, b3];
-    d_q (B, A): the loss's derivative by the action values. -> gradients in the same order"""
+    """Backpropagation through linear, ReLU, linear, ReLU, linear.
+
+    `weights`: [W1, b1, W2, b2, W3, b3]; d_q (B, A): the loss's derivative by the action values.
+    -> gradients in the order of the weights
+    """
     activations = [obs.astype(np.float64)]
     for i in range(0, 6, 2):
         x = activations[-1] @ weights[i].T + weights[i + 1]

@@ -42,9 +42,7 @@ def test_loss_equals_the_oracle(script, loss, seed):
     arrays, batch = random_batch(script, np.random.default_rng(seed), atari)
     args = script.Args(loss=loss)
     value, td_error = script.td_loss(q_network, target_network, batch, args)
-    expected = oracle.td_errors(
-        double, q_network.state_dict(), target_network.state_dict(), arrays
-    )
+    expected = oracle.td_errors(double, q_network.state_dict(), target_network.state_dict(), arrays)
     other = oracle.td_errors(
         not double, q_network.state_dict(), target_network.state_dict(), arrays
     )
@@ -104,9 +102,7 @@ def test_fast_layout_changes_rounding_only(atari):
         optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-4, fused=fast)
         for seed in range(3):
             _, batch = random_batch(atari, np.random.default_rng(seed), atari=True)
-            batch = batch._replace(
-                rewards=batch.rewards.float(), discounts=batch.discounts.float()
-            )
+            batch = batch._replace(rewards=batch.rewards.float(), discounts=batch.discounts.float())
             loss, _ = atari.td_loss(q_network, target_network, batch, atari.Args())
             optimizer.zero_grad()
             loss.backward()

@@ -1,0 +1,213 @@
+"""What the Atari scripts make of the games: the protocol, and each known mistake."""
+
+import gymnasium as gym
+import numpy as np
+import oracle
+import pytest
+from conftest import load
+
+m = load("dqn_atari")
+NOOPS_OFF = {"noop_max": 0, "use_fire_reset": False}
+
+
+def play(envs, steps, rng, n_actions=None, replay=None, reference=None):
+    """Step random actions; -> a list of (obs, actions, rewards, terminations, truncations, infos
+    after the step). Everything told to `replay` is what the scripts tell it."""
+    obs, infos = envs.start()
+    starts, log = infos["episode_starts"], []
+    n_actions = n_actions or int(envs.single_action_space.n)
+    for _ in range(steps):
+        actions = rng.integers(n_actions, size=envs.num_envs)
+        held = obs.copy()
+        envs.send(actions)
+        next_obs, rewards, terminations, truncations, infos = envs.recv()
+        assert (held == obs).all(), "the games wrote into an observation that was handed out"
+        clipped = np.clip(rewards, -1, 1)
+        if replay is not None:
+            replay.add(obs[:, -1], actions, clipped, terminations, starts)
+        if reference is not None:
+            reference.add(obs, actions, clipped, terminations, starts)
+        log.append((obs, actions, rewards, terminations, truncations, infos))
+        obs, starts = next_obs, infos["episode_starts"]
+    return log
+
+
+def compare_all(replay, reference):
+    expected = reference.transitions()
+    everywhere = np.arange(replay.rows * replay.num_envs)
+    drawable = np.flatnonzero(replay.drawable(everywhere))
+    assert drawable.tolist() == sorted(expected)
+    for chunk in np.array_split(drawable, max(len(drawable) // 256, 1)):
+        batch = replay.gather(chunk)
+        for i, index in enumerate(chunk.tolist()):
+            obs, action, reward, next_obs, discount = expected[index]
+            assert np.array_equal(batch.obs[i].numpy(), obs)
+            assert np.array_equal(batch.next_obs[i].numpy(), next_obs)
+            assert batch.actions[i] == action
+            assert batch.rewards[i].item() == pytest.approx(reward, abs=1e-6)
+            assert batch.discounts[i].item() == pytest.approx(discount, abs=1e-6)
+    return len(drawable)
+
+
+@pytest.mark.parametrize(
+    "env_id", ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "ALE/Seaquest-v5"]
+)
+def test_rebuilt_stacks_equal_what_the_games_returned(env_id):
+    """5,000 steps of the real game, in a ring that wraps, with n-step returns."""
+    n, capacity = 4, 4 * 900
+    options = {"num_envs": n, "n_step": 3}
+    replay = m.FrameReplay(capacity, (84, 84), **options)
+    reference = oracle.OracleReplay(capacity, **options)
+    log = play(m.make_env(env_id, n, 1), 1250, np.random.default_rng(0), None, replay, reference)
+    assert sum(infos["episode_starts"].sum() for *_, infos in log) >= 3, (
+        "no game ended in this test"
+    )
+    assert compare_all(replay, reference) > 0.95 * capacity
+
+
+def test_frames_equal_gymnasiums_preprocessing():
+    """The same actions through AtariPreprocessing, where the protocols agree: bit for bit."""
+    pytest.importorskip("cv2")
+    for env_id in ("BreakoutNoFrameskip-v4", "PongNoFrameskip-v4"):
+        envs = m.make_env(env_id, 1, 0, **NOOPS_OFF)
+        env = gym.wrappers.AtariPreprocessing(gym.make(env_id), noop_max=0, frame_skip=4)
+        obs, _ = envs.start()
+        frame, _ = env.reset(seed=int(envs.seeds[0]))
+        rng, compared = np.random.default_rng(3), 0
+        for _ in range(600):
+            assert np.array_equal(obs[0, -1], frame)
+            actions = rng.integers(env.action_space.n, size=1)
+            envs.send(actions)
+            obs, rewards, _, _, infos = envs.recv()
+            frame, reward, terminated, truncated, info = env.step(actions[0])
+            assert rewards[0] == reward and infos["lives"][0] == info.get("lives", 0)
+            compared += 1
+            if terminated or truncated:
+                break
+        assert compared > 100
+
+
+def test_a_lost_life_terminates_and_the_game_goes_on():
+    log = play(m.make_env("BreakoutNoFrameskip-v4", 4, 2), 700, np.random.default_rng(1))
+    lost = over = 0
+    for (*_, terminations, _, infos), (*_, after) in zip(log, log[1:]):
+        for game in np.flatnonzero(terminations):
+            if infos["lives"][game] > 0:
+                lost += 1
+                assert not after["episode_starts"][game]
+                assert after["lives"][game] == infos["lives"][game]
+            else:
+                over += 1
+                assert after["episode_starts"][game]
+                assert after["lives"][game] == 5
+    assert lost > 3 * over > 0  # five lives a game: four are lost before the last
+
+
+def test_games_are_counted_whole_and_unclipped():
+    """Seaquest pays 20 a shark: clipped, or counted by life, the sums would not agree."""
+    log = play(m.make_env("ALE/Seaquest-v5", 4, 0), 1200, np.random.default_rng(1))
+    sums, counts, checked = np.zeros(4), np.zeros(4, int), 0
+    for _, _, rewards, _, _, infos in log:
+        starts = infos["episode_starts"]
+        assert (rewards[starts] == 0).all()
+        sums += rewards
+        counts += ~starts
+        assert sorted(game for game, *_ in infos["episodes"]) == np.flatnonzero(starts).tolist()
+        for game, episode_return, episode_length in infos["episodes"]:
+            assert (episode_return, episode_length) == (sums[game], counts[game])
+            sums[game] = counts[game] = 0
+            checked += episode_return >= 20
+    assert checked >= 3
+
+
+def test_a_truncated_game_bootstraps_from_its_true_last_frame():
+    """The frame cap cuts a game: its last frame has a row of its own, the discount stays gamma."""
+    n, options = 2, {"max_num_frames_per_episode": 200, **NOOPS_OFF}
+    replay = m.FrameReplay(600, (84, 84), n)
+    reference = oracle.OracleReplay(600, n)
+    envs = m.make_env("PongNoFrameskip-v4", n, 0, **options)
+    log = play(envs, 220, np.random.default_rng(0), None, replay, reference)
+    compare_all(replay, reference)
+    truncated = [t for t, entry in enumerate(log) if entry[4][0]]
+    assert len(truncated) >= 3
+    for t in truncated[:-1]:
+        batch = replay.gather(np.array([t]))
+        assert batch.discounts[0] == np.float32(0.99)
+        assert np.array_equal(batch.next_obs[0].numpy(), log[t + 1][0][0])
+        assert log[t + 1][5]["episode_starts"][0]
+        assert not replay.drawable(np.array([t + 1]))[0], "the ignored step is no transition"
+        assert not np.array_equal(batch.next_obs[0].numpy(), log[t + 2][0][0])
+
+
+def test_a_life_lost_on_the_very_last_frame_still_opens_a_new_game():
+    """ALE reports `terminated` with lives left and resets all the same when the frame cap falls on
+    a lost life; only the frame number tells."""
+    envs = m.make_env("BreakoutNoFrameskip-v4", 1, 3)
+    log = play(envs, 400, np.random.default_rng(4))
+    t = next(t for t, e in enumerate(log) if e[3][0] and e[5]["lives"][0] > 0)
+    cap = 4 * (t + 1)  # frames since the reset
+    envs = m.make_env("BreakoutNoFrameskip-v4", 1, 3, max_num_frames_per_episode=cap)
+    log = play(envs, t + 3, np.random.default_rng(4))
+    _, _, _, terminations, truncations, infos = log[t]
+    assert terminations[0] and not truncations[0] and infos["lives"][0] > 0
+    assert log[t + 1][5]["episode_starts"][0]
+
+
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Pong-v5"])
+def test_games_go_on_where_a_checkpoint_stood(env_id, monkeypatch):
+    """Also across fresh seeds, with sticky actions, and with games of different age."""
+    rng, n = np.random.default_rng(0), 3
+    envs = m.make_env(env_id, n, 7)
+    envs.start()
+    for step in range(900):
+        if step in (200, 201, 450):  # as if their histories had grown long
+            envs.histories[step % n] *= 30
+        envs.send(rng.integers(4, size=n))
+        envs.recv()
+    # a seed replaced at a reset leaves a history that is exactly the actions since
+    while any(len(h) > 5000 for h in envs.histories):
+        envs.send(rng.integers(4, size=n))
+        envs.recv()
+    other = m.make_env(env_id, n, 8)
+    other.start(envs.state_dict())
+    for _ in range(300):
+        actions = rng.integers(4, size=n)
+        envs.send(actions)
+        other.send(actions)
+        ours, theirs = envs.recv(), other.recv()
+        assert all(np.array_equal(a, b) for a, b in zip(ours[:4], theirs[:4]))
+        assert ours[4]["episodes"] == theirs[4]["episodes"]
+
+
+def test_seeds_give_the_same_and_different_games():
+    logs = []
+    for seed in (1, 1, 2):
+        log = play(m.make_env("BreakoutNoFrameskip-v4", 2, seed), 150, np.random.default_rng(0))
+        logs.append(np.stack([entry[0] for entry in log]))
+    assert np.array_equal(logs[0], logs[1])
+    assert not np.array_equal(logs[0], logs[2])
+    assert not np.array_equal(logs[0][:, 0], logs[0][:, 1])
+
+
+def test_ids_stand_for_their_sticky_actions():
+    """v5 repeats the last action with chance 0.25: the same actions part from the v4 game's."""
+    films = {}
+    for env_id in ("PongNoFrameskip-v4", "ALE/Pong-v5"):
+        log = play(m.make_env(env_id, 1, 1, **NOOPS_OFF), 200, np.random.default_rng(0))
+        films[env_id] = np.stack([entry[0] for entry in log])
+    assert not np.array_equal(*films.values())
+
+
+def test_evaluation_plays_whole_games_with_its_own_epsilon(atari):
+    """A network that always prefers NOOP scores 0 in Breakout, unless epsilon moves it."""
+    import torch
+
+    q_network = atari.QNetwork(4)
+    with torch.no_grad():
+        q_network.network[-1].weight.zero_()
+        q_network.network[-1].bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+    args = atari.Args(env_id="BreakoutNoFrameskip-v4", eval_episodes=5, eval_e=1.0)
+    moved = atari.evaluate(q_network, args, torch.device("cpu"))
+    assert len(moved) == 5 and moved.sum() > 0
+    again = atari.evaluate(q_network, args, torch.device("cpu"))
+    assert moved.tolist() == again.tolist()
