@@ -376,7 +376,8 @@ def save_checkpoint(path: Path, state: dict) -> bool:
     except (OSError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
         print(f"error: {path} not written ({reason}); an older one is kept", file=sys.stderr)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         return False
     return True
 
@@ -495,27 +496,29 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
 
 
 @torch.no_grad()
-def evaluate(q_network, args: Args, device: torch.device, video_folder: Path | None = None):
+def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=None):
     """Play `eval_episodes` whole games with epsilon `eval_e`: their unclipped returns."""
-    n, rng, returns = min(args.eval_episodes, 8), np.random.default_rng(args.seed), []
+    n, rng, returns = min(args.eval_episodes, 10), np.random.default_rng(args.seed), []
     envs = make_env(args.env_id, n, args.seed + 10_000)
     obs, _ = envs.start()
-    if video_folder:  # the same game in colour: same seed and actions, same pictures
+    filming = bool(video_folder)
+    if filming:  # the same game in colour: same seed and actions, same pictures
         colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
         screen = make_env(args.env_id, n, args.seed + 10_000, **colour)
         film = [screen.start()[0][0, 0]]
     # each lane plays its share of the games, so that short games do not count more often
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
-    while left.any():
+    while left.any() and not stop:
         q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
         actions, explore = rng.integers(q_values.shape[1], size=n), rng.random(n) < args.eval_e
         actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
         envs.send(actions)
         obs, *_, infos = envs.recv()
-        if video_folder and len(film) <= envs.lengths[0]:
+        if filming:
             screen.send(actions)
             film.append(screen.recv()[0][0, 0])
         for game, episode_return, _ in infos["episodes"]:
+            filming &= game != 0
             if left[game]:
                 returns.append(episode_return)
                 left[game] -= 1
@@ -631,11 +634,13 @@ def main(args: Args, saved: dict) -> None:
                 {k: f"{v:.3g}" for k, v in figures.items()} | {"eps": round(epsilon, 2)}
             )
         if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            returns = evaluate(
-                q_network, args, device, run / "videos" if args.capture_video else None
-            )
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            bar.write(f"step {global_step}: {returns.mean():.1f} +- {returns.std():.1f} evaluated")
+            film = run / "videos" if args.capture_video else None
+            returns = evaluate(q_network, args, device, stop, film)
+            if not stop:
+                writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+                bar.write(
+                    f"step {global_step}: {returns.mean():.1f} +- {returns.std():.1f} evaluated"
+                )
         if due(args.checkpoint_frequency):
             checkpoint()
 

@@ -186,7 +186,7 @@ def make_env(env_id: str, num_envs: int, seed: int, **options) -> Episodes:
         envs = Episodes(env_id, num_envs, seed, **options)
     except Exception as e:  # gymnasium raises many kinds: unknown ids, packages that are missing
         reason = str(e).strip().splitlines()[0]
-        sys.exit(f"error: --env-id {env_id}: {reason} Ids look like CartPole-v1 or Acrobot-v1.")
+        sys.exit(f"error: --env-id {env_id}: {reason} Atari games run in dqn_atari.py.")
     env = envs.envs[0]
     if not isinstance(env.action_space, gym.spaces.Discrete):
         sys.exit(f"error: --env-id {env_id} has continuous actions; DQN needs Discrete ones.")
@@ -332,7 +332,8 @@ def save_checkpoint(path: Path, state: dict) -> bool:
     except (OSError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
         print(f"error: {path} not written ({reason}); an older one is kept", file=sys.stderr)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         return False
     return True
 
@@ -451,23 +452,24 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
 
 
 @torch.no_grad()
-def evaluate(q_network, args: Args, device: torch.device, video_folder: Path | None = None):
+def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=None):
     """Play `eval_episodes` whole episodes with epsilon `eval_e`: their returns."""
     n, rng, returns = min(args.eval_episodes, 10), np.random.default_rng(args.seed), []
     options = {"render_mode": "rgb_array"} if video_folder else {}
     envs = make_env(args.env_id, n, args.seed + 10_000, **options)
     obs, _ = envs.start()
-    film = [envs.envs[0].render()]
+    film, filming = [envs.envs[0].render()], bool(video_folder)
     # each lane plays its share of the episodes, so that short ones do not count more often
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
-    while left.any():
+    while left.any() and not stop:
         q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
         actions, explore = rng.integers(q_values.shape[1], size=n), rng.random(n) < args.eval_e
         actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
         obs, *_, infos = envs.step(actions)
-        if video_folder and len(film) == len(envs.histories[0]):
+        if filming:
             film.append(envs.envs[0].render())
         for env, episode_return, _ in infos["episodes"]:
+            filming &= env != 0
             if left[env]:
                 returns.append(episode_return)
                 left[env] -= 1
@@ -584,11 +586,13 @@ def main(args: Args, saved: dict) -> None:
                 {k: f"{v:.3g}" for k, v in figures.items()} | {"eps": round(epsilon, 2)}
             )
         if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            returns = evaluate(
-                q_network, args, device, run / "videos" if args.capture_video else None
-            )
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            bar.write(f"step {global_step}: {returns.mean():.1f} +- {returns.std():.1f} evaluated")
+            film = run / "videos" if args.capture_video else None
+            returns = evaluate(q_network, args, device, stop, film)
+            if not stop:
+                writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+                bar.write(
+                    f"step {global_step}: {returns.mean():.1f} +- {returns.std():.1f} evaluated"
+                )
         if due(args.checkpoint_frequency):
             checkpoint()
 

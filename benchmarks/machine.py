@@ -1,0 +1,49 @@
+"""What a record says of the machine and the versions it was made with."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = "torch numpy gymnasium ale-py stable-baselines3 opencv-python-headless".split()
+
+
+def describe() -> dict:
+    """Processor, memory, versions, commit and the command that is running."""
+    info = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
+    info["python"] = platform.python_version()
+    info["system"] = platform.system()
+    info["cores"] = os.cpu_count()
+    for file, key, name in (
+        ("/proc/cpuinfo", "model name", "processor"),
+        ("/proc/meminfo", "MemTotal", "memory"),
+    ):
+        if Path(file).exists():
+            lines = Path(file).read_text().splitlines()
+            info[name] = next((x.split(":")[1].strip() for x in lines if x.startswith(key)), None)
+    for package in PACKAGES:
+        try:
+            info[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            info[package] = None
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        info["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        info["commit"] = None
+    return info
+
+
+def write_record(folder: str | Path, results: dict, table: str) -> None:
+    """results.json with everything, table.md with what a person reads first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = describe()
+    text = json.dumps({"machine": machine, **results}, indent=1)
+    (folder / "results.json").write_text(text + "\n")
+    lines = [f"- {key}: {value}" for key, value in machine.items()]
+    (folder / "README.md").write_text(table + "\n\n" + "\n".join(lines) + "\n")
