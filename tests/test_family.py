@@ -1,4 +1,4 @@
-"""The scripts are one family: blocks that are the same stay the same, children differ by their idea.
+"""The scripts are one family: shared blocks stay the same, a child differs by its idea.
 
 `python tests/test_family.py --sync` repairs: it copies every shared block, and all of a child that
 may not differ from its parent, from the first file that has it.

@@ -1,0 +1,27 @@
+"""Whole trainings: `python -m pytest -m slow`, and on a machine with a GPU `-m gpu`."""
+
+import pytest
+import torch
+from test_run import main_in_process, small
+
+
+@pytest.mark.slow
+def test_cartpole_is_solved(cartpole, in_tmp, monkeypatch):
+    scores = []
+    evaluate = cartpole.evaluate
+
+    def evaluate_and_keep(*args):
+        scores.append(evaluate(*args))
+        return scores[-1]
+
+    monkeypatch.setattr(cartpole, "evaluate", evaluate_and_keep)
+    main_in_process(cartpole, {"eval_frequency": 0}, monkeypatch)
+    assert len(scores[-1]) == 100 and scores[-1].mean() >= 475
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_run_on_the_gpu(script, in_tmp, monkeypatch):
+    main_in_process(script, small(script.__name__) | {"device": "cuda"}, monkeypatch)
+    state = script.load_checkpoint(str(next(in_tmp.glob("runs/*/checkpoint.pt"))))
+    assert all(v.isfinite().all() for v in state["q_network"].values())
