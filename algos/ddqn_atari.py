@@ -34,6 +34,11 @@ from ale_py.vector_env import AtariVectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fastreplay
+except ImportError:  # the replay below does the same, more slowly
+    fastreplay = None
+
 
 @dataclass
 class Args:
@@ -86,6 +91,8 @@ class Args:
     """agent steps in all; one is four frames"""
     learning_rate: float = 1e-4
     """step size of Adam"""
+    buffer: Literal["auto", "numpy", "cpp"] = "auto"
+    """the NumPy class below or fastreplay's; `auto` takes the best that is built"""
     buffer_size: int = 1_000_000
     """agent steps in the replay; each takes 7.1 kB"""
     gamma: float = 0.99
@@ -400,7 +407,18 @@ def parse_args() -> tuple[Args, dict]:
     """The arguments, and the checkpoint, whose arguments hold unless they are given anew."""
     args = tyro.cli(Args)
     saved = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
-    return (tyro.cli(Args, default=Args(**saved["args"])) if saved else args), saved
+    if saved:
+        args = tyro.cli(Args, default=Args(**saved["args"]))
+    for name in ("env_id", "num_envs", "buffer", "buffer_size") if args.resume else ():
+        if getattr(args, name) != saved["args"][name]:
+            flag, was = "--" + name.replace("_", "-"), saved["args"][name]
+            sys.exit(f"error: {flag} cannot change when a run is resumed; leave it at {was}.")
+    return args, saved
+
+
+def built_buffers() -> list[str]:
+    """The kinds of replay that can be had here, the best last."""
+    return ["numpy", *(fastreplay.backends() if fastreplay else ())]
 
 
 def check_args(args: Args, bytes_per_row: int) -> None:
@@ -419,6 +437,8 @@ def check_args(args: Args, bytes_per_row: int) -> None:
     rules.append(
         ("learning_starts", f"at most {room} in this buffer", args.learning_starts <= room)
     )
+    built = args.buffer in ("auto", *built_buffers())
+    rules.append(("buffer", "built first, with `pip install .` where there is a compiler", built))
     cuda = args.device != "cuda" or torch.cuda.is_available()
     rules.append(("device", "cpu or auto where torch finds no GPU", cuda))
     for package, flag in (("moviepy", "capture_video"), ("wandb", "track")):
@@ -486,7 +506,7 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
         sys.exit(f"error: cannot write to {run} ({e.strerror}); start from a folder of your own.")
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    print(f"{args.exp_name}: {args.env_id}, logs and checkpoints in {run}", flush=True)
+    print(f"{args.exp_name}: {args.env_id}, {args.buffer} replay, all in {run}", flush=True)
     return run, writer
 
 
@@ -530,6 +550,8 @@ def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=
 def main(args: Args, saved: dict) -> None:
     # ------------------------------------------------------------------------------------ set up
     check_args(args, bytes_per_row=84 * 84 + 14)
+    if args.buffer == "auto":
+        args.buffer = built_buffers()[-1]
     device, n = prepare(args), args.num_envs
     rng = np.random.default_rng(args.seed)
     envs = make_env(args.env_id, n, args.seed)
@@ -540,7 +562,8 @@ def main(args: Args, saved: dict) -> None:
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
     options = {"n_step": args.n_step, "gamma": args.gamma, "seed": args.seed}
-    replay = FrameReplay(args.buffer_size, (84, 84), n, **options)
+    replay_class = FrameReplay if args.buffer == "numpy" else fastreplay.FrameReplay
+    replay = replay_class(args.buffer_size, (84, 84), n, **options)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     for name in parts if saved else ():
         parts[name].load_state_dict(saved[name])
@@ -601,7 +624,7 @@ def main(args: Args, saved: dict) -> None:
         learning = len(replay) >= args.learning_starts
         for _ in range(due(args.train_frequency) if learning else 0):
             batch = replay.sample(args.batch_size)
-            loss = learn(Batch(*(x.to(device, non_blocking=True) for x in batch)))
+            loss = learn(Batch(*(x.to(device, non_blocking=True) for x in batch[:6])))
 
         # --------------------------------------------------------------------------- sync target
         if learning and due(args.target_network_frequency):

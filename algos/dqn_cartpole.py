@@ -39,6 +39,11 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fastreplay
+except ImportError:  # the replay below does the same, more slowly
+    fastreplay = None
+
 
 @dataclass
 class Args:
@@ -91,6 +96,8 @@ class Args:
     """step size of Adam"""
     anneal_lr: bool = True
     """let the step size fall in a line to zero at the end of the run"""
+    buffer: Literal["auto", "numpy", "cpp"] = "auto"
+    """the NumPy class below or fastreplay's; `auto` takes the best that is built"""
     buffer_size: int = 50_000
     """agent steps in the replay"""
     gamma: float = 0.99
@@ -358,7 +365,18 @@ def parse_args() -> tuple[Args, dict]:
     """The arguments, and the checkpoint, whose arguments hold unless they are given anew."""
     args = tyro.cli(Args)
     saved = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
-    return (tyro.cli(Args, default=Args(**saved["args"])) if saved else args), saved
+    if saved:
+        args = tyro.cli(Args, default=Args(**saved["args"]))
+    for name in ("env_id", "num_envs", "buffer", "buffer_size") if args.resume else ():
+        if getattr(args, name) != saved["args"][name]:
+            flag, was = "--" + name.replace("_", "-"), saved["args"][name]
+            sys.exit(f"error: {flag} cannot change when a run is resumed; leave it at {was}.")
+    return args, saved
+
+
+def built_buffers() -> list[str]:
+    """The kinds of replay that can be had here, the best last."""
+    return ["numpy", *(fastreplay.backends() if fastreplay else ())]
 
 
 def check_args(args: Args, bytes_per_row: int) -> None:
@@ -377,6 +395,8 @@ def check_args(args: Args, bytes_per_row: int) -> None:
     rules.append(
         ("learning_starts", f"at most {room} in this buffer", args.learning_starts <= room)
     )
+    built = args.buffer in ("auto", *built_buffers())
+    rules.append(("buffer", "built first, with `pip install .` where there is a compiler", built))
     cuda = args.device != "cuda" or torch.cuda.is_available()
     rules.append(("device", "cpu or auto where torch finds no GPU", cuda))
     for package, flag in (("moviepy", "capture_video"), ("wandb", "track")):
@@ -444,7 +464,7 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
         sys.exit(f"error: cannot write to {run} ({e.strerror}); start from a folder of your own.")
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    print(f"{args.exp_name}: {args.env_id}, logs and checkpoints in {run}", flush=True)
+    print(f"{args.exp_name}: {args.env_id}, {args.buffer} replay, all in {run}", flush=True)
     return run, writer
 
 
@@ -483,6 +503,8 @@ def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=
 def main(args: Args, saved: dict) -> None:
     # ------------------------------------------------------------------------------------ set up
     check_args(args, bytes_per_row=100)
+    if args.buffer == "auto":
+        args.buffer = built_buffers()[-1]
     device, n = prepare(args), args.num_envs
     rng = np.random.default_rng(args.seed)
     envs = make_env(args.env_id, n, args.seed)
@@ -493,7 +515,11 @@ def main(args: Args, saved: dict) -> None:
     target_network.load_state_dict(q_network.state_dict())
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
-    replay = Replay(args.buffer_size, obs_shape, n, gamma=args.gamma, seed=args.seed)
+    options = {"gamma": args.gamma, "seed": args.seed}
+    if args.buffer == "cpp":  # the same class that stacks frames: here one vector, no stack
+        options |= {"stack": None, "frame_dtype": torch.float32}
+    replay_class = Replay if args.buffer == "numpy" else fastreplay.FrameReplay
+    replay = replay_class(args.buffer_size, obs_shape, n, **options)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     for name in parts if saved else ():
         parts[name].load_state_dict(saved[name])
@@ -560,7 +586,7 @@ def main(args: Args, saved: dict) -> None:
             if args.anneal_lr:
                 remaining = 1 - global_step / args.total_timesteps
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-            loss = learn(Batch(*(x.to(device, non_blocking=True) for x in batch)))
+            loss = learn(Batch(*(x.to(device, non_blocking=True) for x in batch[:6])))
 
         # --------------------------------------------------------------------------- sync target
         if learning and due(args.target_network_frequency):

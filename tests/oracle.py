@@ -5,6 +5,8 @@ Nothing here is fast, and nothing here is used by the scripts.
 
 import numpy as np
 
+UNIT = 2**20  # the leaf of priority 1
+
 
 class OracleReplay:
     """A replay that keeps the whole history of every game, with the stacks as the environment gave
@@ -61,6 +63,92 @@ class OracleReplay:
                 break
         discount = 0.0 if terminated else self.gamma**k
         return history[t][0], history[t][1], total, history[t + k][0], discount
+
+
+class OraclePriorities:
+    """The integer leaf of every row of an OracleReplay: 0 where nothing can be drawn, and the
+    largest leaf seen where something newly can."""
+
+    def __init__(self, reference, alpha=1.0, epsilon=1e-6):
+        self.reference, self.alpha, self.epsilon = reference, alpha, epsilon
+        self.leaves, self.largest = {}, UNIT  # leaves by (flat index, row number)
+
+    def rows(self):
+        """(flat index, row number) of everything that can be drawn."""
+        end, rows = len(self.reference.history[0]), self.reference.rows
+        return [(i, end - 1 - (end - 1 - i % rows) % rows) for i in self.reference.transitions()]
+
+    def after_add(self):
+        self.leaves = {row: self.leaves.get(row, self.largest) for row in self.rows()}
+
+    def update(self, indices, td_errors):
+        drawable = dict(self.rows())
+        for i, td_error in zip(indices.tolist(), td_errors.tolist()):
+            leaf = quantise(abs(td_error) + self.epsilon, self.alpha)
+            self.largest = max(self.largest, leaf)
+            if i in drawable:
+                self.leaves[i, drawable[i]] = leaf
+
+    def flat(self):
+        """The leaf of every flat index."""
+        found = {i: leaf for (i, _), leaf in self.leaves.items()}
+        return [found.get(i, 0) for i in range(self.reference.num_envs * self.reference.rows)]
+
+
+class TreeOracle:
+    def __init__(self, capacity, alpha=1.0):
+        self.leaves, self.alpha = [0] * capacity, alpha
+
+    def set(self, indices, priorities):
+        for index, p in zip(indices, priorities):
+            self.leaves[int(index)] = quantise(float(p), self.alpha)
+
+    def total(self):
+        return sum(self.leaves)
+
+    def find(self, target):
+        return find(self.leaves, target)
+
+
+def find(leaves, target):
+    """The leaf under a target in [0, sum(leaves))."""
+    for index, leaf in enumerate(leaves):
+        if target < leaf:
+            return index
+        target -= leaf
+    raise IndexError(target)
+
+
+def quantise(p, alpha):
+    """A priority as an integer leaf; ties to even."""
+    if p == 0:
+        return 0
+    return max(1, min(2**32 - 1, int(np.rint(min(p**alpha, 2.0**13) * UNIT))))
+
+
+def philox(counter, key):
+    """Philox 4x32-10: four random words from four counter words and two key words."""
+    c, (k0, k1), word = list(counter), key, 2**32 - 1
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k0, b & word, a >> 32 ^ c[3] ^ k1, a & word]
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return c
+
+
+def random64(seed, call, sample, attempt=0):
+    """The 64 random bits of one attempt at one sample of one call."""
+    word = 2**32 - 1
+    x = philox((sample, attempt, call & word, call >> 32), (seed & word, seed >> 32))
+    return x[1] << 32 | x[0]
+
+
+def targets(seed, call, batch_size, total, stratified):
+    """Where in [0, total) each sample of a call falls."""
+    bits = [random64(seed, call, i) for i in range(batch_size)]
+    if stratified:
+        bits = [(i * 2**64 + b) // batch_size for i, b in enumerate(bits)]
+    return [b * total >> 64 for b in bits]
 
 
 def conv2d(x, weight, bias, stride):

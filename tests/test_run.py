@@ -151,7 +151,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(name, in_tmp):
         command, cwd=in_tmp, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     line = process.stdout.readline()
-    assert "logs and checkpoints in" in line
+    assert "replay, all in" in line
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)

@@ -1,0 +1,81 @@
+// The loops of convert.cpp, included once for each instruction set, with FR_TARGET as in
+// sum_tree_kernels.inl and FR_F16C where the processor rounds to float16 itself.
+
+FR_TARGET static inline void to_float16(const float* in, int n, uint16_t* out) {
+#ifdef FR_F16C
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+  }
+  for (; i < n; ++i) out[i] = float16_bits(in[i]);
+#else
+  for (int i = 0; i < n; ++i) out[i] = float16_bits(in[i]);
+#endif
+}
+
+FR_TARGET static void convert_bytes(const uint8_t* in, int64_t n, Output output, float scale,
+                                    void* out) {
+  if (output == Output::kFloat32) {
+    float* to = static_cast<float*>(out);
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(in[i]) * scale;
+  } else if (output == Output::kBfloat16) {
+    uint16_t* to = static_cast<uint16_t*>(out);
+    for (int64_t i = 0; i < n; ++i) to[i] = bfloat16_bits(static_cast<float>(in[i]) * scale);
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(out);
+    float block[kPixels];
+    for (int64_t first = 0; first < n; first += kPixels) {
+      const int count = static_cast<int>(n - first < kPixels ? n - first : kPixels);
+      for (int i = 0; i < count; ++i) block[i] = static_cast<float>(in[first + i]) * scale;
+      to_float16(block, count, to + first);
+    }
+  }
+}
+
+template <int kStack>
+FR_TARGET static void interleave_bytes(const uint8_t* const* frames, int64_t first, int n,
+                                       uint8_t* out) {
+  const uint8_t* from[kStack];
+  for (int s = 0; s < kStack; ++s) from[s] = frames[s] + first;
+  for (int i = 0; i < n; ++i) {
+    for (int s = 0; s < kStack; ++s) out[i * kStack + s] = from[s][i];
+  }
+}
+
+#ifdef __SSE2__
+// Four frames, 16 pixels at a time: bytes to pairs, pairs to quadruples.
+template <>
+FR_TARGET void interleave_bytes<4>(const uint8_t* const* frames, int64_t first, int n,
+                                   uint8_t* out) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    __m128i row[4];
+    for (int s = 0; s < 4; ++s) {
+      row[s] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(frames[s] + first + i));
+    }
+    const __m128i low01 = _mm_unpacklo_epi8(row[0], row[1]);
+    const __m128i low23 = _mm_unpacklo_epi8(row[2], row[3]);
+    const __m128i high01 = _mm_unpackhi_epi8(row[0], row[1]);
+    const __m128i high23 = _mm_unpackhi_epi8(row[2], row[3]);
+    __m128i* to = reinterpret_cast<__m128i*>(out + i * 4);
+    _mm_storeu_si128(to, _mm_unpacklo_epi16(low01, low23));
+    _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(low01, low23));
+    _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(high01, high23));
+    _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(high01, high23));
+  }
+  for (; i < n; ++i) {
+    for (int s = 0; s < 4; ++s) out[i * 4 + s] = frames[s][first + i];
+  }
+}
+#endif
+
+FR_TARGET static void interleave_block(const uint8_t* const* frames, int stack, int64_t first,
+                                       int n, uint8_t* out) {
+  static void (*const by_stack[8])(const uint8_t* const*, int64_t, int, uint8_t*) = {
+      interleave_bytes<1>, interleave_bytes<2>, interleave_bytes<3>, interleave_bytes<4>,
+      interleave_bytes<5>, interleave_bytes<6>, interleave_bytes<7>, interleave_bytes<8>};
+  by_stack[stack - 1](frames, first, n, out);
+}
+
+static const Kernels kernels = {convert_bytes, interleave_block};

@@ -1,0 +1,629 @@
+"""Every replay against the oracle that stores whole stacks, byte for byte.
+
+The backends are parameters of the same tests: the NumPy class of the scripts, and fastreplay's.
+Frames are stamped with (game, episode, step), so a stale or foreign frame cannot pass.
+"""
+
+import importlib.util
+import io
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALGOS, load
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import OraclePriorities, OracleReplay, find, targets
+
+
+def numpy_class():
+    if not (ALGOS / "dqn_atari.py").exists():
+        pytest.skip("algos/dqn_atari.py is not here")
+    return load("dqn_atari").FrameReplay
+
+
+def cpp_class():
+    fastreplay = pytest.importorskip("fastreplay")
+    if not fastreplay.backends():
+        pytest.skip("fastreplay is not compiled")
+    return fastreplay.FrameReplay
+
+
+CLASSES = {"numpy": numpy_class, "cpp": cpp_class}
+
+
+@pytest.fixture(params=list(CLASSES))
+def make_replay(request):
+    return CLASSES[request.param]()
+
+
+@pytest.fixture
+def make_cpp():
+    return cpp_class()
+
+
+class Games:
+    """Games that end now and then, with NEXT_STEP autoreset: a final observation is a row."""
+
+    def __init__(self, num_envs, rng, ends=0.15, lives=0.1):
+        self.num_envs, self.rng, self.ends, self.lives = num_envs, rng, ends, lives
+        self.episode, self.t = np.zeros(num_envs, int), np.full(num_envs, -1)
+        self.over = np.ones(num_envs, bool)  # the next row opens an episode
+        self.final = np.zeros(num_envs, bool)  # the next row is a final observation
+
+    def step(self):
+        """The arguments of one add()."""
+        opens = self.over.copy()
+        self.episode += opens
+        self.t = np.where(opens, 0, self.t + 1)
+        final, draw = self.final, self.rng.random((2, self.num_envs))
+        ends = ~final & (draw[0] < self.ends)
+        terminations = (ends & (draw[1] < 0.6)) | (~final & ~ends & (draw[1] < self.lives))
+        stamps = np.stack([np.arange(self.num_envs), self.episode, self.t, self.t // 256], axis=1)
+        frames = (stamps + 1).astype(np.uint8).reshape(-1, 2, 2)
+        actions = self.rng.integers(0, 18, self.num_envs)
+        rewards = self.rng.normal(size=self.num_envs).astype(np.float32)
+        self.over, self.final = final, ends
+        return frames, actions, rewards, terminations, opens
+
+
+def adversarial(num_envs, rng):
+    """Rows whose flags follow no rule at all."""
+    frames = rng.integers(0, 256, (num_envs, 2, 2), dtype=np.uint8)
+    actions = rng.integers(0, 18, num_envs)
+    rewards = rng.normal(size=num_envs).astype(np.float32)
+    return frames, actions, rewards, *(rng.random((2, num_envs)) < 0.3)
+
+
+class Pair:
+    """A replay and the oracle, told the same steps; the oracle also gets the whole stacks."""
+
+    def __init__(self, make_replay, rows, options, spare=0, **more):
+        n = options["num_envs"]
+        self.make = lambda **changes: make_replay(
+            rows * n + spare, (2, 2), **options, **(more | changes)
+        )
+        self.replay = self.make()
+        self.oracle = OracleReplay(rows * n, **options)
+        self.stacks = np.zeros((n, options["stack"], 2, 2), np.uint8)
+
+    def add(self, frames, actions, rewards, terminations, starts):
+        if not len(self.replay):
+            starts[:] = True  # the first row of each game always opens an episode
+        self.stacks = np.roll(self.stacks, -1, axis=1)
+        self.stacks[starts] = 0
+        self.stacks[:, -1] = frames
+        self.replay.add(frames, actions, rewards, terminations, starts)
+        self.oracle.add(self.stacks.copy(), actions, rewards, terminations, starts)
+
+    def check_batch(self, batch, expected):
+        assert batch.obs.dtype == batch.next_obs.dtype == torch.uint8
+        assert batch.actions.dtype == batch.indices.dtype == torch.int64
+        assert batch.rewards.dtype == batch.discounts.dtype == torch.float32
+        for i, index in enumerate(batch.indices.tolist()):
+            obs, action, reward, next_obs, discount = expected[index]
+            np.testing.assert_array_equal(batch.obs[i], obs)
+            np.testing.assert_array_equal(batch.next_obs[i], next_obs)
+            assert batch.actions[i].item() == action
+            assert batch.rewards[i].numpy() == np.float32(reward)
+            assert batch.discounts[i].numpy() == np.float32(discount)
+
+    def check(self):
+        """Every row is drawable when the oracle says so; every transition is the oracle's."""
+        expected = self.oracle.transitions()
+        everything = np.arange(self.oracle.num_envs * self.oracle.rows)
+        able = np.flatnonzero(np.asarray(self.replay.drawable(everything)))
+        assert able.tolist() == sorted(expected)
+        stored = min(len(self.oracle.history[0]), self.oracle.rows)
+        assert len(self.replay) == stored * self.oracle.num_envs
+        if expected:
+            batch = self.replay.gather(able)
+            np.testing.assert_array_equal(batch.indices, able)
+            self.check_batch(batch, expected)
+            self.check_batch(self.replay.sample(8), expected)
+        else:
+            with pytest.raises(ValueError, match="no whole transition"):
+                self.replay.draw(1)
+        return expected
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+CONFIGURATIONS = st.fixed_dictionaries(
+    {
+        "num_envs": st.integers(1, 3),
+        "stack": st.integers(1, 5),
+        "n_step": st.integers(1, 4),
+        "gamma": st.sampled_from([0.99, 0.5, 1.0]),
+    }
+)
+slow = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@slow
+@given(CONFIGURATIONS, st.integers(1, 14), st.integers(0, 2**32), st.booleans(), st.data())
+def test_any_history_gives_the_oracles_batches(make_replay, options, rows, seed, rules, data):
+    rng = np.random.default_rng(seed)
+    n = options["num_envs"]
+    pair = Pair(make_replay, rows, options, spare=data.draw(st.integers(0, n - 1)))
+    games = Games(n, rng, ends=data.draw(st.sampled_from([0.05, 0.3])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        for _ in range(data.draw(st.integers(0, 2 * rows + 3))):
+            pair.add(*(games.step() if rules else adversarial(n, rng)))
+        expected = pair.check()
+        if data.draw(st.booleans()):
+            state = saved_and_loaded(pair.replay.state_dict())
+            old, pair.replay = pair.replay, pair.make(seed=99)
+            pair.replay.load_state_dict(state)
+            if expected:
+                np.testing.assert_array_equal(old.draw(20), pair.replay.draw(20))
+            pair.check()
+
+
+@slow
+@given(CONFIGURATIONS, st.integers(1, 12), st.integers(0, 2**32), st.booleans(), st.data())
+def test_priorities_follow_the_oracle(make_cpp, options, rows, seed, stratified, data):
+    rng = np.random.default_rng(seed)
+    n = options["num_envs"]
+    alpha = data.draw(st.sampled_from([1.0, 0.0, 2.0]))  # exact in numpy too
+    per = {"prioritized": True, "per_alpha": alpha, "per_epsilon": 0.25, "stratified": stratified}
+    pair = Pair(make_cpp, rows, options, seed=seed, **per)
+    priorities = OraclePriorities(pair.oracle, alpha, epsilon=0.25)
+    games = Games(n, rng)
+    for _ in range(data.draw(st.integers(1, 5))):
+        for _ in range(data.draw(st.integers(0, 6))):
+            pair.add(*games.step())
+            priorities.after_add()
+        # any rows at all, with duplicates: those that cannot be drawn must keep a leaf of 0
+        indices = rng.integers(0, rows * n, data.draw(st.integers(0, 12)))
+        td_errors = (rng.integers(-8, 9, len(indices)) / 4).astype(np.float32)
+        pair.replay.update_priorities(indices, td_errors)
+        priorities.update(indices, td_errors)
+        leaves = np.array(priorities.flat(), dtype=object)
+        state = pair.replay.state_dict()
+        mine = np.zeros((n, rows), dtype=object)
+        for game, stored in enumerate(state["leaves"]):
+            mine[game, : len(stored)] = stored.numpy().view(np.uint32).tolist()
+        assert mine.ravel().tolist() == leaves.tolist()
+        pair.replay._tree.check_valid()
+        if data.draw(st.booleans()):
+            state = saved_and_loaded(state)
+            pair.replay = pair.make(seed=99)
+            pair.replay.load_state_dict(state)
+            pair.replay._tree.check_valid()
+        if leaves.sum():
+            where = targets(seed, state["calls"], 16, leaves.sum(), stratified)
+            batch = pair.replay.sample(16)
+            assert batch.indices.tolist() == [find(leaves, t) for t in where]
+            drawn = leaves[batch.indices.numpy()].astype(float)
+            np.testing.assert_allclose(batch.is_weights, (drawn.min() / drawn) ** 0.4, rtol=1e-6)
+            pair.check_batch(batch, pair.oracle.transitions())
+
+
+def filled(
+    make_replay, capacity=600, steps=None, num_envs=2, frame_shape=(2, 2), seed=0, **options
+):
+    replay = make_replay(capacity, frame_shape, num_envs=num_envs, **options)
+    games, rng = Games(num_envs, np.random.default_rng(seed)), np.random.default_rng(seed)
+    for _ in range(capacity if steps is None else steps):
+        _, *rest = games.step()
+        shape = (num_envs, *frame_shape)
+        if options.get("frame_dtype") == torch.float32:
+            frames = rng.normal(size=shape).astype(np.float32)
+        else:
+            frames = rng.integers(0, 256, shape, dtype=np.uint8)
+        replay.add(frames, *rest)
+    return replay
+
+
+def test_draws_are_uniform_over_the_drawable_rows(make_replay):
+    stats = pytest.importorskip("scipy.stats")
+    replay = filled(make_replay, 300, steps=450)
+    able = np.flatnonzero(np.asarray(replay.drawable(np.arange(300))))
+    draws = np.concatenate([np.asarray(replay.draw(1000)) for _ in range(100)])
+    counts = np.bincount(draws, minlength=300)
+    assert counts.sum() == counts[able].sum()
+    assert stats.chisquare(counts[able]).pvalue > 1e-4
+
+
+def test_a_single_drawable_row_among_many_is_found(make_cpp):
+    replay = make_cpp(5000, (1,), stack=1)
+    one = np.zeros((1, 1), np.uint8), np.zeros(1, np.int64), np.zeros(1, np.float32)
+    no, yes = np.zeros(1, bool), np.ones(1, bool)
+    for t in range(5000):
+        replay.add(*one, no, no if t == 3210 else yes)  # final observations, but for one
+    assert set(replay.draw(50).tolist()) == {3209}
+
+
+def test_numpy_and_cpp_build_the_same_batch():
+    replays = [filled(CLASSES[name](), 400, steps=333, n_step=3) for name in CLASSES]
+    indices = np.asarray(replays[0].draw(256))
+    first, second = (replay.gather(indices) for replay in replays)
+    for name in first._fields:
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
+def test_same_seed_same_draws(make_replay):
+    batches = [[filled(make_replay, seed=4).sample(64) for _ in range(3)] for _ in range(2)]
+    for first, second in zip(*batches, strict=True):
+        assert all(map(torch.equal, first, second))
+
+
+def test_obs_and_next_obs_share_one_block(make_cpp):
+    batch = filled(make_cpp).sample(16)
+    assert batch.obs.untyped_storage().data_ptr() == batch.next_obs.untyped_storage().data_ptr()
+    assert batch.obs.untyped_storage().nbytes() == 16 * 5 * 4
+
+
+DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, stack", [((84, 84), 4), ((7, 9), 3), ((256, 256), 8), ((1, 1), 1)])
+def test_scaled_outputs_are_torchs(make_cpp, instructions, memory_format, dtype, shape, stack):
+    from fastreplay import _cpu
+
+    best = _cpu.instruction_set()
+    try:
+        _cpu.use_instruction_set(instructions)
+    except ValueError:
+        pytest.skip(f"this processor has no {instructions}")
+    options = {"capacity": 60, "frame_shape": shape, "stack": stack}
+    plain = filled(make_cpp, **options)
+    # 2^-20 makes float16 subnormal, 9 makes products halfway between two 16-bit numbers
+    for n_step, scale in ((1, 1 / 255), (2, 2.0**-20), (1, 9.0)):
+        plain = filled(make_cpp, n_step=n_step, **options)
+        other = filled(
+            make_cpp,
+            n_step=n_step,
+            output_dtype=dtype,
+            memory_format=memory_format,
+            scale=scale,
+            **options,
+        )
+        first, second = plain.sample(20), other.sample(20)
+        for name in ("obs", "next_obs"):
+            frames, scaled = getattr(first, name), getattr(second, name)
+            if dtype != torch.uint8:
+                frames = (frames.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype)
+            assert scaled.dtype == dtype and torch.equal(scaled, frames)
+            if memory_format == torch.channels_last:
+                assert scaled.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(first.rewards, second.rewards)
+    _cpu.use_instruction_set(best)
+
+
+@pytest.mark.parametrize("stack", [None, 1, 4])
+def test_plain_vectors(make_cpp, stack):
+    replay = filled(make_cpp, frame_shape=(4,), stack=stack, frame_dtype=torch.float32)
+    batch = replay.sample(32)
+    assert batch.obs.shape == ((32, 4) if stack is None else (32, stack, 4))
+    assert batch.obs.dtype == torch.float32
+    followers = replay.gather(batch.indices[replay.drawable(batch.indices + 1)] + 1)
+    by_index = dict(zip(batch.indices.tolist(), batch.next_obs, strict=True))
+    assert len(followers.indices) > 10
+    for index, obs in zip(followers.indices.tolist(), followers.obs, strict=True):
+        assert torch.equal(by_index[index - 1], obs)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_step": 3}, {"output_dtype": torch.bfloat16}])
+def test_a_given_batch_is_written_and_not_replaced(make_cpp, options):
+    replay, twin = (filled(make_cpp, **options) for _ in range(2))
+    out = replay._empty_batch(32)
+    for tensor in out:
+        tensor.zero_()
+    separate = out._replace(
+        obs=torch.empty_like(out.obs).contiguous(),
+        next_obs=torch.empty_like(out.next_obs).contiguous(),
+    )
+    for target in (out, separate):
+        before = [tensor.data_ptr() for tensor in target]
+        batch, fresh = replay.sample(32, out=target), twin.sample(32)
+        assert batch is target and [tensor.data_ptr() for tensor in batch] == before
+        assert all(map(torch.equal, batch, fresh))
+
+
+def test_threads_change_nothing(make_cpp):
+    options = {"capacity": 200, "frame_shape": (84, 84), "prioritized": True}
+    replays = [filled(make_cpp, threads=threads, **options) for threads in (1, 2, 5)]
+    for _ in range(20):
+        first, *others = (replay.sample(64) for replay in replays)
+        for other in others:
+            assert all(map(torch.equal, first, other))
+
+
+def test_several_python_threads_may_use_one_replay(make_cpp):
+    """One thread overwrites a small ring while others copy from it: no batch holds a torn frame."""
+    replay = filled(make_cpp, 60, steps=0, frame_shape=(84, 84), prioritized=True, threads=3)
+    games, errors, learners_done = Games(2, np.random.default_rng(0)), [], threading.Event()
+
+    def add(step):
+        _, *rest = games.step()
+        replay.add(np.full((2, 84, 84), step % 251, np.uint8), *rest)
+
+    def learn(_):
+        batch = replay.sample(64)
+        assert (batch.obs == batch.obs[..., :1, :1]).all()
+        replay.update_priorities(batch.indices, torch.randn(64))
+
+    def run(job, steps):
+        try:
+            for step in steps:
+                job(step)
+        except Exception as error:  # a thread's exception would not fail the test
+            errors.append(error)
+
+    for step in range(40):
+        add(step)
+    steps = itertools.takewhile(lambda _: not learners_done.is_set(), itertools.count())
+    adder = threading.Thread(target=run, args=(add, steps))
+    learners = [threading.Thread(target=run, args=(learn, range(100))) for _ in range(2)]
+    adder.start()
+    for learner in learners:
+        learner.start()
+    for learner in learners:
+        learner.join()
+    learners_done.set()
+    adder.join()
+    assert not errors
+    replay._tree.check_valid()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_process_samples_on(make_cpp):
+    replay = filled(make_cpp, 200, frame_shape=(84, 84), threads=2)
+    twin = filled(make_cpp, 200, frame_shape=(84, 84), threads=1)
+    replay.sample(64)  # starts the threads, which the child will not have
+    twin.sample(64)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, replay.sample(64).indices.numpy().tobytes())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    expected = twin.sample(64).indices.numpy()
+    np.testing.assert_array_equal(np.frombuffer(os.read(reader, 1 << 16), np.int64), expected)
+    assert all(map(torch.equal, replay.sample(64)[:1], [replay.gather(expected).obs]))
+
+
+def test_add_takes_tensors_and_strided_frames(make_cpp):
+    plain, other = (make_cpp(20, (2, 2), num_envs=2) for _ in range(2))
+    games = Games(2, np.random.default_rng(0))
+    for _ in range(15):
+        frames, actions, rewards, terminations, starts = games.step()
+        plain.add(frames, actions, rewards, terminations, starts)
+        stacked = torch.zeros((2, 4, 2, 2), dtype=torch.uint8)
+        stacked[:, -1] = torch.from_numpy(frames)
+        ends = torch.from_numpy(terminations)
+        other.add(
+            stacked[:, -1], torch.tensor(actions, dtype=torch.int32), rewards * 1.0, ends, starts
+        )
+    assert all(map(torch.equal, plain.sample(16), other.sample(16)))
+
+
+def arguments(n=2, **changes):
+    row = {
+        "frames": np.zeros((n, 2, 2), np.uint8),
+        "actions": np.zeros(n, np.int64),
+        "rewards": np.zeros(n, np.float32),
+        "terminations": np.zeros(n, bool),
+        "episode_starts": np.zeros(n, bool),
+    }
+    return row | changes
+
+
+BAD_ROWS = [
+    ({"frames": np.zeros((2, 2, 2), np.float32)}, TypeError, "uint8"),
+    ({"frames": np.zeros((1, 2, 2), np.uint8)}, ValueError, "shape"),
+    ({"frames": np.zeros((2, 2, 3), np.uint8)}, ValueError, "shape"),
+    ({"frames": np.zeros((2, 2, 2), np.uint8).transpose(0, 2, 1)}, ValueError, "contiguous"),
+    ({"frames": torch.zeros((2, 2, 2), dtype=torch.uint8, device="meta")}, ValueError, "CPU"),
+    ({"frames": [[0]]}, TypeError, "tensor"),
+    ({"actions": np.zeros(2, np.float32)}, TypeError, "int64"),
+    ({"actions": np.array([0, 2**31])}, ValueError, "32 bits"),
+    ({"actions": np.zeros(3, np.int64)}, ValueError, "shape"),
+    ({"rewards": np.zeros(2, bool)}, TypeError, "rewards"),
+    ({"rewards": np.zeros((2, 1), np.float32)}, ValueError, "shape"),
+    ({"terminations": np.zeros(2, np.float32)}, TypeError, "bool"),
+    ({"episode_starts": np.zeros(1, bool)}, ValueError, "shape"),
+]
+
+
+@pytest.mark.parametrize("changes, error, words", BAD_ROWS)
+def test_a_bad_row_raises_and_stores_nothing(make_cpp, changes, error, words):
+    replay, twin = (filled(make_cpp, 40, steps=15) for _ in range(2))
+    with pytest.raises(error, match=words):
+        replay.add(**arguments(**changes))
+    assert len(replay) == len(twin)
+    assert all(map(torch.equal, replay.sample(32), twin.sample(32)))
+
+
+def swap(name, tensor):
+    return lambda replay: replay._empty_batch(8)._replace(**{name: tensor})
+
+
+BAD_CALLS = [
+    (lambda r: r.gather(np.array([10**9])), IndexError, "out of range"),
+    (lambda r: r.gather(np.array([-1])), IndexError, "out of range"),
+    (lambda r: r.gather(np.array([9])), ValueError, "not drawable"),
+    (lambda r: r.gather(np.array([1.5])), TypeError, "int64"),
+    (lambda r: r.update_priorities(np.array([40]), np.ones(1)), IndexError, "out of range"),
+    (lambda r: r.update_priorities(np.array([0, 1]), np.ones(1)), ValueError, "shape"),
+    (lambda r: r.update_priorities(np.array([0, 1]), np.array([1, np.nan])), ValueError, "finite"),
+    (lambda r: r.update_priorities(np.array([0, 1]), np.array([1, -np.inf])), ValueError, "finite"),
+    (lambda r: r.update_priorities(np.array([0]), np.ones(1, int)), TypeError, "float32"),
+    (lambda r: r.gather(np.arange(8), out=r._empty_batch(9)), ValueError, "shape"),
+    (lambda r: r.sample(8, out=r._empty_batch(9)), ValueError, "9 samples"),
+]
+BAD_OUTS = [
+    (swap("obs", torch.zeros((8, 4, 2, 3), dtype=torch.uint8)), ValueError, "shape"),
+    (swap("obs", torch.zeros((8, 4, 2, 2))), TypeError, "uint8"),
+    (swap("next_obs", torch.zeros((8, 4, 2, 2))), TypeError, "dtype"),
+    (swap("obs", torch.zeros((8, 2, 2, 4), dtype=torch.uint8).movedim(3, 1)), ValueError, "dense"),
+    (
+        swap("obs", torch.zeros((1, 4, 2, 2), dtype=torch.uint8).expand(8, 4, 2, 2)),
+        ValueError,
+        "dense",
+    ),
+    (swap("actions", torch.zeros(8)), TypeError, "int64"),
+    (swap("actions", torch.zeros(16, dtype=torch.int64)[::2]), ValueError, "contiguous"),
+    (swap("is_weights", torch.zeros(7)), ValueError, "shape"),
+    (swap("rewards", torch.zeros(8, device="meta")), ValueError, "CPU"),
+]
+
+
+@pytest.mark.parametrize("call, error, words", BAD_CALLS)
+def test_a_bad_call_raises_and_changes_nothing(make_cpp, call, error, words):
+    replay, twin = (filled(make_cpp, 40, steps=30, prioritized=True) for _ in range(2))
+    with pytest.raises(error, match=words):
+        call(replay)
+    assert all(map(torch.equal, replay.sample(32), twin.sample(32)))
+
+
+@pytest.mark.parametrize("make_out, error, words", BAD_OUTS)
+def test_a_bad_out_raises_and_draws_nothing(make_cpp, make_out, error, words):
+    replay, twin = (filled(make_cpp, 40, steps=30) for _ in range(2))
+    with pytest.raises(error, match=words):
+        replay.sample(8, out=make_out(replay))
+    assert all(map(torch.equal, replay.sample(32), twin.sample(32)))
+
+
+def test_sampling_before_there_is_data(make_replay):
+    with pytest.raises(ValueError):
+        make_replay(40, (2, 2)).sample(1)
+
+
+def test_the_first_row_opens_an_episode_whatever_is_said(make_cpp):
+    replay = make_cpp(10, (2, 2))
+    for step in range(3):
+        replay.add(np.full((1, 2, 2), step + 1, np.uint8), *list(arguments(n=1).values())[1:])
+    assert replay.gather(np.array([1])).obs[0, :, 0, 0].tolist() == [0, 0, 1, 2]
+
+
+def test_priorities_of_a_uniform_replay(make_cpp):
+    with pytest.raises(RuntimeError, match="prioritized=True"):
+        filled(make_cpp).update_priorities(np.array([0]), np.ones(1))
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"capacity": 1, "num_envs": 2}, ValueError),
+        ({"stack": 0}, ValueError),
+        ({"stack": 9}, ValueError),
+        ({"n_step": 0}, ValueError),
+        ({"gamma": 1.5}, ValueError),
+        ({"gamma": float("nan")}, ValueError),
+        ({"frame_shape": ()}, ValueError),
+        ({"frame_shape": (0, 4)}, ValueError),
+        ({"frame_dtype": torch.int64}, TypeError),
+        ({"frame_dtype": torch.float32, "output_dtype": torch.uint8}, TypeError),
+        ({"output_dtype": torch.float64}, TypeError),
+        ({"frame_shape": (4,), "memory_format": torch.channels_last}, ValueError),
+        ({"per_alpha": -1.0}, ValueError),
+        ({"threads": 0}, ValueError),
+    ],
+)
+def test_what_cannot_be_built(make_cpp, options, error):
+    with pytest.raises(error):
+        make_cpp(**({"capacity": 40, "frame_shape": (2, 2)} | options))
+
+
+def broken(**changes):
+    return lambda state: state | changes
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda state: {}, "lacks"),
+        (lambda state: {k: v for k, v in state.items() if k != "frames"}, "lacks: frames"),
+        (broken(stack=3), "stack 3"),
+        (broken(frame_shape=[4, 1]), "frame_shape"),
+        (broken(stored=16), "damaged"),
+        (broken(head=3), "damaged"),
+        (broken(calls=-1), "damaged"),
+        (broken(max_leaf=0), "damaged"),
+        (lambda state: state | {"frames": [f[:-1] for f in state["frames"]]}, "frames must be"),
+        (lambda state: state | {"rewards": state["rewards"][:1]}, "rewards must be"),
+        (lambda state: state | {"leaves": [leaf + 1 for leaf in state["leaves"]]}, "priorities"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(make_cpp, damage, words):
+    replay, twin = (filled(make_cpp, 40, steps=15, prioritized=True) for _ in range(2))
+    other = filled(make_cpp, 40, steps=15, prioritized=True, seed=8)
+    with pytest.raises(ValueError, match=words):
+        replay.load_state_dict(damage(other.state_dict()))
+    assert all(map(torch.equal, replay.sample(32), twin.sample(32)))
+
+
+def test_saving_copies_no_frames_and_keeps_only_stored_rows(make_cpp):
+    replay = filled(make_cpp, 100_000, steps=20, frame_shape=(84, 84))
+    state = replay.state_dict()
+    assert state["frames"][0].data_ptr() == replay._frames.data_ptr()
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert 20 * 2 * 7056 < file.tell() < 20 * 2 * (7056 + 9) + 20_000
+
+
+def test_memory_per_transition(make_cpp):
+    replay = make_cpp(10_000, (84, 84), prioritized=True)
+    tensors = [replay._frames, replay._actions, replay._rewards, replay._flags]
+    tensors += [replay._tree._leaves, replay._tree._inner]
+    assert sum(tensor.nbytes for tensor in tensors) / 10_000 <= 7056 + 24
+
+
+def test_torch_without_the_exchange_table_is_read_by_attributes():
+    """torch before 2.10 has no __dlpack_c_exchange_api__."""
+    code = """if True:
+        import torch
+        from fastreplay import SumTree
+        if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+            del torch.Tensor.__dlpack_c_exchange_api__
+        tree = SumTree(10)
+        tree.set(torch.tensor([1, 2]), torch.tensor([1.0, 2.0], requires_grad=True))
+        assert tree.get(torch.tensor([2, 1, 0])).tolist() == [2.0, 1.0, 0.0]
+        for bad, error in ((torch.ones(2, device="meta"), ValueError), (torch.ones(3), ValueError),
+                           (torch.ones(2, dtype=torch.int64), TypeError)):
+            try:
+                tree.set(torch.tensor([1, 2]), bad)
+            except error:
+                continue
+            raise AssertionError(bad)
+    """
+    cpp_class()
+    path = Path(importlib.util.find_spec("fastreplay").origin).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_importing_is_quick():
+    code = (
+        "import torch, time; start = time.perf_counter(); import fastreplay;"
+        "fastreplay.backends(); print(time.perf_counter() - start)"
+    )
+    path = Path(importlib.util.find_spec("fastreplay").origin).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    seconds = min(
+        float(subprocess.check_output([sys.executable, "-c", code], env=environment))
+        for _ in range(3)
+    )
+    assert seconds < 0.05
