@@ -332,7 +332,7 @@ class FrameReplay:
 
 
 class QNetwork(nn.Module):
-    """Three convolutions and a hidden layer: (B, 4, 84, 84) uint8 -> (B, A) action values."""
+    """Three convolutions and a hidden layer: (B, 4, 84, 84) -> (B, A) action values."""
 
     def __init__(self, n_actions: int):
         super().__init__()
@@ -350,7 +350,9 @@ class QNetwork(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x.to(self.network[0].weight.dtype) / 255)
+        if x.dtype == torch.uint8:  # else it comes scaled to [0, 1]
+            x = x.to(self.network[0].weight.dtype) / 255
+        return self.network(x)
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
@@ -564,6 +566,8 @@ def main(args: Args, saved: dict) -> None:
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
     options = {"n_step": args.n_step, "gamma": args.gamma, "seed": args.seed}
+    if args.buffer == "cpp":  # stacks come scaled, in the layout that the convolutions want
+        options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
     replay_class = FrameReplay if args.buffer == "numpy" else fastreplay.FrameReplay
     replay = replay_class(args.buffer_size, (84, 84), n, **options)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
