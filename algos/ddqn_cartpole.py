@@ -62,7 +62,7 @@ class Args:
     """film one episode at every evaluation into the run's folder (needs `pip install moviepy`)"""
     log_frequency: int = 1_000
     """agent steps between two log entries"""
-    eval_frequency: int = 50_000
+    eval_frequency: int = 20_000
     """agent steps between two evaluations; 0 leaves only the last one"""
     eval_episodes: int = 100
     """episodes in an evaluation"""
@@ -80,19 +80,19 @@ class Args:
     # environment
     env_id: str = "CartPole-v1"
     """any environment with a vector to observe and a choice of actions"""
-    num_envs: int = 1
+    num_envs: int = 4
     """environments stepped one after the other"""
 
     # algorithm
-    total_timesteps: int = 500_000
+    total_timesteps: int = 200_000
     """agent steps in all"""
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 1e-3
     """step size of Adam"""
     anneal_lr: bool = True
     """let the step size fall in a line to zero at the end of the run"""
     buffer: Literal["auto", "numpy", "cpp"] = "auto"
     """the NumPy class below or fastreplay's; `auto` takes the best that is built"""
-    buffer_size: int = 50_000
+    buffer_size: int = 200_000
     """agent steps in the replay"""
     gamma: float = 0.99
     """discount factor"""
@@ -100,7 +100,7 @@ class Args:
     """target update: theta^- <- tau theta + (1 - tau) theta^-; 1 copies"""
     target_network_frequency: int = 500
     """agent steps between two target updates"""
-    batch_size: int = 128
+    batch_size: int = 64
     """transitions in an update"""
     loss: Literal["mse", "huber"] = "mse"
     """mse: squared error; huber: error clipped to [-1, 1] in the gradient, as in the paper"""
@@ -108,11 +108,11 @@ class Args:
     """epsilon at the first step"""
     end_e: float = 0.05
     """epsilon at the end of exploration"""
-    exploration_fraction: float = 0.5
+    exploration_fraction: float = 0.2
     """part of `total_timesteps` in which epsilon falls from `start_e` to `end_e`"""
-    learning_starts: int = 10_000
+    learning_starts: int = 2_000
     """agent steps in the replay before the first update"""
-    train_frequency: int = 10
+    train_frequency: int = 2
     """agent steps between two updates"""
 
 
