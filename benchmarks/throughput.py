@@ -64,7 +64,9 @@ class Clock:
 
 
 def flags(options):
-    return [x for key, value in options.items() for x in (f"--{key.replace('_', '-')}", str(value))]
+    """{"num_envs": 8, "bfloat16": "True"} -> ["--num-envs", "8", "--bfloat16"]"""
+    pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
+    return [x for flag, value in pairs for x in ((flag,) if value == "True" else (flag, value))]
 
 
 def run_cleanq(script, task, clock, options):
@@ -110,6 +112,7 @@ def run_cleanrl(script, task, clock, folder):
 
 
 def run_sb3(task, clock, atari):
+    import ale_py  # noqa: F401  (registers the games)
     from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env

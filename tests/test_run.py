@@ -18,6 +18,8 @@ SMALL = {
         "checkpoint_frequency": 1500,
         "eval_frequency": 1000,
         "eval_episodes": 3,
+        "num_envs": 1,
+        "train_frequency": 10,
     },
     "atari": {
         "total_timesteps": 1600,
@@ -122,6 +124,17 @@ def test_resume_without_replay_fills_it_anew(in_tmp):
     assert again.returncode == 0, again.stderr
     assert torch.load(path, weights_only=True)["global_step"] == 2600
     assert len(list(in_tmp.glob("runs/*"))) == 1, "a resumed run goes on in its own folder"
+
+
+def test_what_a_resumed_run_cannot_change(in_tmp, monkeypatch):
+    script = load("dqn_cartpole")
+    main_in_process(script, small("dqn_cartpole"), monkeypatch)
+    path = next(in_tmp.glob("runs/*/checkpoint.pt"))
+    before = path.read_bytes()
+    for options in ({"num_envs": 2}, {"env_id": "Acrobot-v1"}, {"buffer_size": 5000}):
+        with pytest.raises(SystemExit, match="cannot change when a run is resumed"):
+            main_in_process(script, {"resume": path} | options, monkeypatch)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["ddqn_cartpole", "ddqn_atari"])
