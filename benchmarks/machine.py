@@ -14,7 +14,8 @@ PACKAGES = "torch numpy gymnasium ale-py stable-baselines3 opencv-python-headles
 
 def describe() -> dict:
     """Processor, memory, versions, commit and the command that is running."""
-    info = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv])}
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
+    info = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *words])}
     info["python"] = platform.python_version()
     info["system"] = platform.system()
     info["cores"] = os.cpu_count()
