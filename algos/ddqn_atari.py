@@ -435,10 +435,12 @@ def check_args(args: Args, bytes_per_row: int) -> None:
             rules.append((name, "0 or more", 0 <= value < 2**63))
         elif type(value) in (int, float):
             rules.append((name, "positive", 0 < value < 2**63))
-    room = args.buffer_size - 32 * args.num_envs
-    rules.append(
-        ("learning_starts", f"at most {room} in this buffer", args.learning_starts <= room)
-    )
+    rows = args.buffer_size // max(args.num_envs, 1)  # of each environment
+    room = (rows - 8 - getattr(args, "n_step", 1)) * args.num_envs
+    holds = args.learning_starts <= room
+    rules.append(("learning_starts", f"at most {room} in this buffer", holds))
+    rules.append(("batch_size", "at most --buffer-size", args.batch_size <= args.buffer_size))
+    rules.append(("torch_threads", "at most 1024", args.torch_threads <= 1024))
     built = args.buffer in ("auto", *built_buffers())
     rules.append(("buffer", "built first, with `pip install .` where there is a compiler", built))
     cuda = args.device != "cuda" or torch.cuda.is_available()
@@ -461,13 +463,14 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     with contextlib.suppress(OSError, ValueError):  # a container's own limit
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()) - used)
+        group = Path("/sys/fs/cgroup")
+        used = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())["anon"]
+        free = min(free, int((group / "memory.max").read_text()) - int(used))
     return free
 
 
 def prepare(args: Args) -> torch.device:
-    """Threads, seed, a Ctrl-C that lets the step in hand end, and the device."""
+    """Threads, memory, seed; -> the device."""
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     with contextlib.suppress(OSError, AttributeError):  # glibc only
@@ -569,8 +572,14 @@ def main(args: Args, saved: dict) -> None:
     replay_class = FrameReplay if args.buffer == "numpy" else fastreplay.FrameReplay
     replay = replay_class(args.buffer_size, (84, 84), n, **options)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    for name in parts if saved else ():
-        parts[name].load_state_dict(saved[name])
+    try:
+        for name in parts if saved else ():
+            parts[name].load_state_dict(saved[name])
+        if "replay" in saved:
+            replay.load_state_dict(saved["replay"])
+    except (KeyError, RuntimeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[-1].strip()
+        sys.exit(f"error: the checkpoint does not fit these arguments ({reason}).")
     if args.evaluate:
         returns = evaluate(q_network, args, device)
         print(f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} games")
@@ -579,8 +588,6 @@ def main(args: Args, saved: dict) -> None:
     recent_returns = deque(saved.get("recent_returns", ()), maxlen=100)
     if saved:
         rng.bit_generator.state = saved["rng"]
-    if "replay" in saved:
-        replay.load_state_dict(saved["replay"])
     obs, infos = envs.start(saved.get("envs"))
     episode_starts = infos["episode_starts"]
     run, writer = open_run(args)

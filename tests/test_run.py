@@ -134,6 +134,8 @@ def test_what_a_resumed_run_cannot_change(in_tmp, monkeypatch):
     for options in ({"num_envs": 2}, {"env_id": "Acrobot-v1"}, {"buffer_size": 5000}):
         with pytest.raises(SystemExit, match="cannot change when a run is resumed"):
             main_in_process(script, {"resume": path} | options, monkeypatch)
+    with pytest.raises(SystemExit, match="does not fit these arguments"):
+        main_in_process(script, {"evaluate": path, "env_id": "Acrobot-v1"}, monkeypatch)
     assert path.read_bytes() == before
 
 
@@ -239,6 +241,8 @@ BAD = [
     ({"learning_starts": 2_000_000}, "--learning-starts must be at most"),
     ({"buffer_size": 10**12}, "--buffer-size must be at most"),
     ({"buffer_size": 10}, "--learning-starts must be at most"),
+    ({"batch_size": 2**40}, "--batch-size must be at most"),
+    ({"torch_threads": 2**40}, "--torch-threads must be at most"),
     ({"device": "cuda"}, "--device must be"),
     ({"device": "tpu"}, "--device"),
     ({"loss": "l1"}, "--loss"),
