@@ -481,7 +481,8 @@ def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=
     options = {"render_mode": "rgb_array"} if video_folder else {}
     envs = make_env(args.env_id, n, args.seed + 10_000, **options)
     obs, _ = envs.start()
-    film, filming = [envs.envs[0].render()], bool(video_folder)
+    filming = bool(video_folder)
+    film = [envs.envs[0].render()] if filming else []
     # each lane plays its share of the episodes, so that short ones do not count more often
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
     while left.any() and not stop:
