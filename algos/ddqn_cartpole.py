@@ -38,6 +38,8 @@ try:
 except ImportError:  # the replay below does the same, more slowly
     fastreplay = None
 
+VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
+
 
 @dataclass
 class Args:
@@ -59,7 +61,7 @@ class Args:
     wandb_entity: str | None = None
     """team on Weights & Biases"""
     capture_video: bool = False
-    """film one episode at every evaluation into the run's folder (needs `pip install moviepy`)"""
+    """film an episode at every evaluation (needs `pip install moviepy pygame`)"""
     log_frequency: int = 1_000
     """agent steps between two log entries"""
     eval_frequency: int = 20_000
@@ -396,7 +398,8 @@ def check_args(args: Args, bytes_per_row: int) -> None:
     rules.append(("buffer", "built first, with `pip install .` where there is a compiler", built))
     cuda = args.device != "cuda" or torch.cuda.is_available()
     rules.append(("device", "cpu or auto where torch finds no GPU", cuda))
-    for package, flag in (("moviepy", "capture_video"), ("wandb", "track")):
+    needs = [*((package, "capture_video") for package in VIDEO_PACKAGES), ("wandb", "track")]
+    for package, flag in needs:
         holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
         rules.append((flag, f"left out, or run `pip install {package}` first", holds))
     fits = max(free_memory() - 2**30, 0) // bytes_per_row // 1_000 * 1_000  # 1 GiB for the rest

@@ -42,6 +42,8 @@ try:
 except ImportError:  # the replay below does the same, more slowly
     fastreplay = None
 
+VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
+
 
 @dataclass
 class Args:
@@ -447,7 +449,8 @@ def check_args(args: Args, bytes_per_row: int) -> None:
     rules.append(("buffer", "built first, with `pip install .` where there is a compiler", built))
     cuda = args.device != "cuda" or torch.cuda.is_available()
     rules.append(("device", "cpu or auto where torch finds no GPU", cuda))
-    for package, flag in (("moviepy", "capture_video"), ("wandb", "track")):
+    needs = [*((package, "capture_video") for package in VIDEO_PACKAGES), ("wandb", "track")]
+    for package, flag in needs:
         holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
         rules.append((flag, f"left out, or run `pip install {package}` first", holds))
     fits = max(free_memory() - 2**30, 0) // bytes_per_row // 1_000 * 1_000  # 1 GiB for the rest

@@ -227,7 +227,8 @@ def test_the_first_line_says_what_runs_and_where(in_tmp):
 
 @pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_atari"])
 def test_video(name, in_tmp):
-    pytest.importorskip("moviepy")
+    for package in load(name).VIDEO_PACKAGES:
+        pytest.importorskip(package)
     options = small(name) | {"capture_video": True, "total_timesteps": 800}
     result = run(name, options, in_tmp)
     assert result.returncode == 0, result.stderr
@@ -357,6 +358,13 @@ def test_polyak_targets_move_a_little_at_every_sync(cartpole, in_tmp, monkeypatc
         expected = start[key] + 0.25 * (ends[-1]["q_network"][key] - start[key])
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
         assert not torch.equal(value, start[key])
+
+
+def test_packages_of_a_film_are_asked_for_at_the_start(script, in_tmp, monkeypatch):
+    monkeypatch.setattr(script, "VIDEO_PACKAGES", ("no_such_package",))
+    with pytest.raises(SystemExit, match="pip install no_such_package"):
+        main_in_process(script, {"capture_video": True}, monkeypatch)
+    assert not (in_tmp / "runs").exists()
 
 
 def test_wandb_is_asked_for_by_name(in_tmp, monkeypatch):
