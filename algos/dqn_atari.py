@@ -654,16 +654,16 @@ def main(args: Args, saved: dict) -> None:
 
         # -------------------------------------------------------------------------------- report
         bar.update(n)
-        for _, episode_return, episode_length in infos["episodes"]:
-            recent_returns.append(episode_return)
-            writer.add_scalar("charts/episodic_return", episode_return, global_step)
-            writer.add_scalar("charts/episodic_length", episode_length, global_step)
+        recent_returns.extend(episode_return for _, episode_return, _ in infos["episodes"])
         if due(args.log_frequency):
             seconds = time.time() - start_time
             writer.add_scalar("charts/hours", (seconds_before + seconds) / 3600, global_step)
             writer.add_scalar("charts/SPS", (global_step - first_step) / seconds, global_step)
             writer.add_scalar("charts/epsilon", epsilon, global_step)
-            figures = {"return": np.mean(recent_returns)} if recent_returns else {}
+            figures = {}
+            if recent_returns:
+                figures["return"] = np.mean(recent_returns)
+                writer.add_scalar("charts/mean_return_100", figures["return"], global_step)
             if loss is not None:
                 figures["loss"] = loss.item()
                 writer.add_scalar("losses/td_loss", figures["loss"], global_step)

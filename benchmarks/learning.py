@@ -41,7 +41,9 @@ def read(run):
 
 def last_hundred(scalars):
     """[(step, mean return of the last 100 training episodes)]"""
-    steps, returns = np.array(scalars["charts/episodic_return"]).T
+    if "charts/mean_return_100" in scalars:
+        return scalars["charts/mean_return_100"]
+    steps, returns = np.array(scalars["charts/episodic_return"]).T  # or each episode
     sums = np.cumsum(np.concatenate([[0.0], returns]))
     return [(int(steps[i]), (sums[i + 1] - sums[i - 99]) / 100) for i in range(99, len(returns))]
 
