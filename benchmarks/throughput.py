@@ -8,8 +8,8 @@ own; a memcpy before each turn shows the drift of the machine. A rate is that of
 learning has started and warmed up.
 
 CleanRL is a checkout of its repository (github.com/vwxyzjn/cleanrl). Its scripts were written for
-gymnasium 0.29; on 1.x they run here unchanged under the old names of what gymnasium renamed, without
-their log of episodes, whose form has changed too.
+gymnasium 0.29; on 1.x they run here unchanged under the old names of what gymnasium renamed, but
+without their log of episodes, whose form has changed too.
 """
 
 import argparse
