@@ -232,7 +232,12 @@ def main():
     if args.record:
         from machine import write_record
 
-        results = {"steps_per_second": rates, "drift_ms": drift, "task": TASKS[args.task]}
+        commit = None
+        if args.cleanrl:
+            git = ["git", "-C", args.cleanrl, "rev-parse", "--short", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        results = {"cleanrl_commit": commit}
+        results |= {"steps_per_second": rates, "drift_ms": drift, "task": TASKS[args.task]}
         write_record(args.record, results, "\n".join(table))
 
 
