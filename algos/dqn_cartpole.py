@@ -369,6 +369,9 @@ def parse_args() -> tuple[Args, dict]:
     saved = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
     if saved:
         args = tyro.cli(Args, default=Args(**saved["args"]))
+    if args.evaluate:  # plays without a replay: none of the stopped run's size or kind is needed
+        args.buffer, args.buffer_size = "numpy", 10_000 * args.num_envs
+        args.learning_starts = args.batch_size = 1
     for name in ("env_id", "num_envs", "buffer", "buffer_size") if args.resume else ():
         if getattr(args, name) != saved["args"][name]:
             flag, was = "--" + name.replace("_", "-"), saved["args"][name]
@@ -597,6 +600,7 @@ def main(args: Args, saved: dict) -> None:
             if args.anneal_lr:
                 remaining = 1 - global_step / args.total_timesteps
                 optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            # [:6]: fastreplay's batch has importance weights behind these
             loss = learn(Batch(*(x.to(device, non_blocking=True) for x in batch[:6])))
 
         # --------------------------------------------------------------------------- sync target

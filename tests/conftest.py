@@ -1,6 +1,7 @@
 """Shared by the tests: the scripts as modules."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -40,3 +41,12 @@ def in_tmp(tmp_path, monkeypatch):
     """Run in an empty folder, so that `runs/` lands there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A script's main() takes over Ctrl-C: give it back to pytest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -137,6 +137,19 @@ def test_resume_without_replay_fills_it_anew(in_tmp):
     assert len(list(in_tmp.glob("runs/*"))) == 1, "a resumed run goes on in its own folder"
 
 
+def test_evaluation_needs_no_replay(script, in_tmp, monkeypatch, capsys):
+    """A checkpoint of a machine with more memory and another replay is evaluated all the same."""
+    main_in_process(script, small(script.__name__), monkeypatch)
+    path = next(in_tmp.glob("runs/*/checkpoint.pt"))
+    state = script.load_checkpoint(str(path))
+    state["args"] |= {"buffer": "cpp", "buffer_size": 10**12}
+    assert script.save_checkpoint(in_tmp / "elsewhere.pt", state)
+    monkeypatch.setattr(script, "fastreplay", None)
+    capsys.readouterr()
+    main_in_process(script, {"evaluate": in_tmp / "elsewhere.pt"}, monkeypatch)
+    assert "+-" in capsys.readouterr().out
+
+
 def test_what_a_resumed_run_cannot_change(in_tmp, monkeypatch):
     script = load("dqn_cartpole")
     main_in_process(script, small("dqn_cartpole"), monkeypatch)
