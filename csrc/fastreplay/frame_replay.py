@@ -45,7 +45,8 @@ class FrameReplay:
             float32, which hold frame * scale, computed in float32.
         scale: see there.
         memory_format: torch.contiguous_format or, for two-dimensional frames, torch.channels_last.
-        threads: that copy a batch; by default as many as the process has cores, at most 4.
+        threads: that copy a batch; by default those that torch computes with, as many as
+            torch.set_num_threads says. Where torch has no GNU OpenMP: one a core, at most 4.
     """
 
     def __init__(
@@ -73,7 +74,6 @@ class FrameReplay:
         output_dtype = frame_dtype if output_dtype is None else output_dtype
         channels_last = memory_format == torch.channels_last
         byte_frames = frame_dtype == torch.uint8
-        threads = min(len(os.sched_getaffinity(0)), 4) if threads is None else threads
         frames = 1 if stack is None else stack
         for name, value, low, high in (
             ("num_envs", num_envs, 1, 2**20),
@@ -85,7 +85,7 @@ class FrameReplay:
             ("per_beta", per_beta, 0, 100),
             ("per_epsilon", per_epsilon, 1e-30, 1e30),
             ("scale", scale, -1e30, 1e30),
-            ("threads", threads, 1, 256),
+            ("threads", 1 if threads is None else threads, 1, 256),
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, not {value}")
@@ -126,7 +126,7 @@ class FrameReplay:
             stack=frames,
             stack_axis=stack is not None,
             powers=[float(gamma) ** k for k in range(n_step + 1)],
-            threads=threads,
+            threads=_default_threads() if threads is None else threads,
             seed=seed % 2**64,
         )
 
@@ -300,3 +300,8 @@ class FrameReplay:
             ):
                 raise ValueError(f"the state is damaged: {name} must be {dtype} of shape {shape}")
         return stored, head
+
+
+def _default_threads() -> int:
+    """0 stands for torch's own."""
+    return 0 if _cpu.openmp_threads() > 0 else min(os.cpu_count() or 1, 4)
