@@ -414,6 +414,18 @@ def figures(rows, record):
         figure.savefig(record / "capacity.png", dpi=120)
 
 
+def on_gpu(args):
+    import buffers_cuda
+
+    if not torch.cuda.is_available():
+        sys.exit("error: --device cuda needs a GPU that torch sees; leave it out on this machine.")
+    sides = buffers_cuda.run(args)
+    text = buffers_cuda.table(sides)
+    print(text)
+    if args.record:
+        write_record(args.record, {"sides": rounded(sides)}, text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", help="folder for results.json, README.md and the figures")
@@ -433,10 +445,13 @@ def main():
         default=str(Path(tempfile.gettempdir()) / "cleanq-bench"),
         help="where the peers' virtual environments are kept",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args)
+    if args.device == "cuda":
+        return on_gpu(args)
     names = args.peers or ["limit", *PEERS, "capacities", "import"]
     unknown = set(names) - {"limit", "capacities", "import", *PEERS}
     if unknown:
