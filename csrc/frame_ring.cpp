@@ -16,7 +16,6 @@
 namespace fastreplay {
 namespace {
 
-constexpr int kAttempts = 128;               // of a uniform draw, before it counts rows instead
 constexpr int64_t kThreadedBytes = 1 << 18;  // batches smaller than this are not worth a wake-up
 
 int64_t process() {
