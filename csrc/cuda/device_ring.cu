@@ -468,9 +468,17 @@ __global__ void drawable_kernel(const __grid_constant__ DeviceRing ring, const i
 
 }  // namespace
 
+// One warp to kThreads for so many stores of 16 bytes.
+static int threads_for(int64_t stores) {
+  int threads = 32;
+  while (threads < kThreads && threads < stores) threads *= 2;
+  return threads;
+}
+
 void launch_add(const DeviceRing& ring, const DeviceTree& tree, const Row& row,
                 cudaStream_t stream) {
-  launch(add_kernel, blocks_for(ring.layout.num_envs, 1), kThreads, stream, ring, tree, row);
+  const int threads = threads_for(ring.layout.frame_bytes / 16);
+  launch(add_kernel, blocks_for(ring.layout.num_envs, 1), threads, stream, ring, tree, row);
 }
 
 void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJob& job,
@@ -482,7 +490,7 @@ void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJ
   parts = parts < kManyBlocks / n ? parts : kManyBlocks / n;
   parts = parts < kMostParts ? parts : kMostParts;
   const dim3 blocks(static_cast<unsigned>(n), static_cast<unsigned>(parts < 1 ? 1 : parts));
-  const int threads = job.gather ? kThreads : 32;
+  const int threads = threads_for(job.gather ? stores / kInFlight : 0);
   void (*const kernels[])(DeviceRing, DeviceTree, SampleJob) = {
       sample_kernel<Output::kCopy>, sample_kernel<Output::kFloat16>,
       sample_kernel<Output::kBfloat16>, sample_kernel<Output::kFloat32>};
