@@ -1,7 +1,7 @@
 """fastreplay on CUDA for the tests of the CPU: the same tests, on a GPU or on its emulation.
 
-    python tests/emulated.py FOLDER    compiles csrc/cuda for the CPU (tests/cuda_emulation) there,
-                                       with the flags in CFLAGS and LDFLAGS, and prints where
+python tests/emulated.py FOLDER    compiles csrc/cuda for the CPU (tests/cuda_emulation) there,
+                                   with the flags in CFLAGS and LDFLAGS, and prints where
 """
 
 import hashlib

@@ -282,7 +282,8 @@ def test_same_seed_same_draws(make_replay):
 
 
 def test_obs_and_next_obs_share_one_block(make_fast):
-    batch = filled(make_fast).sample(16)
+    replay = filled(make_fast)
+    batch = getattr(replay, "inner", replay).sample(16)
     assert batch.obs.untyped_storage().data_ptr() == batch.next_obs.untyped_storage().data_ptr()
     assert batch.obs.untyped_storage().nbytes() == 16 * 5 * 4
 

@@ -13,9 +13,8 @@ fastreplay = pytest.importorskip("fastreplay")
 if not fastreplay.backends():
     pytest.skip("fastreplay is not compiled", allow_module_level=True)
 
-import fastreplay.sum_tree  # noqa: E402
 from conftest import CUDA, on_cuda  # noqa: E402
-from fastreplay import _cpu  # noqa: E402
+from fastreplay import SumTree, _cpu  # noqa: E402
 
 CAPACITIES = [1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 4095, 4096, 4097]
 
@@ -24,10 +23,8 @@ CAPACITIES = [1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 4095, 4096, 4097]
 def instructions(request, monkeypatch):
     """Every test runs with each of these: `SumTree` is the class to test."""
     module = sys.modules[__name__]
-    monkeypatch.setattr(module, "SumTree", fastreplay.sum_tree.SumTree, raising=False)
     if request.param.startswith("cuda"):
-        make = on_cuda(request, request.param, fastreplay.sum_tree.SumTree)
-        monkeypatch.setattr(module, "SumTree", make)
+        monkeypatch.setattr(module, "SumTree", on_cuda(request, request.param, SumTree))
         yield request.param
         return
     best = _cpu.instruction_set()
@@ -185,7 +182,7 @@ def test_zero_is_never_drawn_and_the_smallest_leaf_can_be():
 def test_same_seed_same_draws_on_every_instruction_set(instructions):
     draws = {}
     for name in ("plain", instructions):
-        cls = SumTree if name == instructions else fastreplay.sum_tree.SumTree
+        cls = SumTree if name == instructions else fastreplay.SumTree
         if not name.startswith("cuda"):
             _cpu.use_instruction_set(name)
         tree = cls(100_000, alpha=0.6, seed=3)

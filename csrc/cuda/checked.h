@@ -53,20 +53,24 @@ inline TensorView view_near(const py::handle& object, const char* name, const De
   return v;
 }
 
+inline void check_there(const TensorView& v, const char* name, const Device& device) {
+  if (device.holds(v)) return;
+  throw py::value_error(std::string(name) + " must be on " + device.name() + ", like the replay");
+}
+
 // A tensor on the device.
 inline TensorView view_there(const py::handle& object, const char* name, const Device& device) {
   const TensorView v = view_anywhere(object, name);
-  if (!device.holds(v)) {
-    throw py::value_error(std::string(name) + " must be on " + device.name() + ", like the replay");
-  }
+  check_there(v, name, device);
   return v;
 }
 
 template <typename T>
 T* there_1d(const py::handle& object, const char* name, DType dtype, int64_t n,
             const Device& device) {
-  const TensorView v = view_there(object, name, device);
+  const TensorView v = view_anywhere(object, name);
   check_1d(v, name, dtype, n);
+  check_there(v, name, device);
   return reinterpret_cast<T*>(v.data);
 }
 
@@ -522,11 +526,13 @@ class CudaFrameRing {
     job.format.scale = static_cast<float>(scale);
     job.format.channels_last = channels_last;
     BatchMemory& memory = job.batch;
-    const TensorView obs = view_there(batch[0], "obs", device);
-    const TensorView next_obs = view_there(batch[3], "next_obs", device);
+    const TensorView obs = view_anywhere(batch[0], "obs");
+    const TensorView next_obs = view_anywhere(batch[3], "next_obs");
     memory.obs_stride = check_frames_out(obs, "obs", job.n, format_, channels_last);
     memory.next_obs_stride = check_frames_out(next_obs, "next_obs", job.n, format_, channels_last);
     if (obs.dtype != next_obs.dtype) throw py::type_error("obs and next_obs must have one dtype");
+    check_there(obs, "obs", device);
+    check_there(next_obs, "next_obs", device);
     memory.obs = reinterpret_cast<uint8_t*>(obs.data);
     memory.next_obs = reinterpret_cast<uint8_t*>(next_obs.data);
     job.format.output = output_of(obs.dtype, format_.floats);
