@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,15 @@ from torch import Tensor
 from fastreplay import _cpu
 from fastreplay._device import Place
 
+if TYPE_CHECKING:  # the methods of both devices
+    from fastreplay._cpu import SumTree as Compiled
+else:
+    Compiled = object
+
 PRIORITY_SLOT = 1 << 16  # bytes: 4096 pairs of index and priority from the CPU at a time
 
 
-class SumTree:
+class SumTree(Compiled):
     """Priorities of `capacity` rows (1 to 2^27), all 0 at first.
 
     A priority p is kept as the integer clamp(rint(p^alpha * 2^20), 1, 2^32 - 1), or 0 if p is 0,
@@ -41,6 +46,19 @@ class SumTree:
     # set, get, total, find, sample, weights, check_valid: compiled, documented in bindings.cpp.
 
     device: torch.device
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            capacity: int,
+            alpha: float = 1.0,
+            seed: int = 1,
+            device: str | torch.device = "cpu",
+        ) -> None: ...
+        def check(self) -> None: ...
+        def _read_leaves(self, first: int, n: int) -> Tensor: ...
+        def _write_leaves(self, first: int, leaves: Tensor) -> None: ...
 
     def __new__(
         cls,
