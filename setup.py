@@ -36,8 +36,9 @@ def find_nvcc():
     """The path of nvcc, or None."""
     if WANTED == "0" or sys.platform == "win32":
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    names = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    names = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    names += ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((path for path in map(shutil.which, filter(None, names)) if path), None)
 
 
