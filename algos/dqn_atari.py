@@ -96,8 +96,8 @@ class Args:
     """agent steps in all; one is four frames"""
     learning_rate: float = 1e-4
     """step size of Adam"""
-    buffer: Literal["auto", "numpy", "cpp"] = "auto"
-    """the NumPy class below or fastreplay's; `auto` takes the best that is built"""
+    buffer: Literal["auto", "numpy", "cpp", "cuda"] = "auto"
+    """the NumPy class below or fastreplay's, on the CPU or GPU; `auto` takes the best there is"""
     buffer_size: int = 1_000_000
     """agent steps in the replay; each takes 7.1 kB"""
     gamma: float = 0.99
@@ -338,23 +338,27 @@ class QNetwork(nn.Module):
 
     def __init__(self, n_actions: int):
         super().__init__()
-        self.network = nn.Sequential(
+        self.convolutions = nn.Sequential(
             nn.Conv2d(4, 32, 8, stride=4),  # (B, 32, 20, 20)
             nn.ReLU(inplace=True),
             nn.Conv2d(32, 64, 4, stride=2),  # (B, 64, 9, 9)
             nn.ReLU(inplace=True),
             nn.Conv2d(64, 64, 3, stride=1),  # (B, 64, 7, 7)
             nn.ReLU(inplace=True),
-            nn.Flatten(),
-            nn.Linear(3136, 512),
-            nn.ReLU(inplace=True),
-            nn.Linear(512, n_actions),
         )
+        self.hidden = nn.Linear(7 * 7 * 64, 512)
+        self.head = nn.Linear(512, n_actions)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.uint8:  # else it comes scaled to [0, 1]
-            x = x.to(self.network[0].weight.dtype) / 255
-        return self.network(x)
+            x = x.to(self.head.weight.dtype) / 255
+        x = self.convolutions(x)
+        if x.is_cuda or x.dtype != torch.float32:
+            x = self.hidden(x.permute(0, 2, 3, 1).flatten(1))
+        else:  # the same sums as a 7x7 convolution, which a CPU runs up to twice as fast
+            weight = self.hidden.weight.view(512, 7, 7, 64).permute(0, 3, 1, 2)
+            x = F.conv2d(x, weight, self.hidden.bias).flatten(1)
+        return self.head(F.relu(x))
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
@@ -425,9 +429,11 @@ def parse_args() -> tuple[Args, dict]:
     return args, saved
 
 
-def built_buffers() -> list[str]:
-    """The kinds of replay that can be had here, the best last."""
-    return ["numpy", *(fastreplay.backends() if fastreplay else ())]
+def built_buffers(args: Args) -> list[str]:
+    """The kinds of replay that this run can have, the best last."""
+    kinds = ["numpy", *(fastreplay.backends() if fastreplay else ())]
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    return [kind for kind in kinds if kind != "cuda" or on_gpu]
 
 
 def check_args(args: Args, bytes_per_row: int) -> None:
@@ -448,15 +454,19 @@ def check_args(args: Args, bytes_per_row: int) -> None:
     rules.append(("learning_starts", f"at most {room} in this buffer", holds))
     rules.append(("batch_size", "at most --buffer-size", args.batch_size <= args.buffer_size))
     rules.append(("torch_threads", "at most 1024", args.torch_threads <= 1024))
-    built = args.buffer in ("auto", *built_buffers())
-    rules.append(("buffer", "built first, with `pip install .` where there is a compiler", built))
+    place = "nvcc, and used on a GPU" if args.buffer == "cuda" else "a compiler"
+    built = args.buffer in built_buffers(args)
+    rules.append(("buffer", f"built first, with `pip install .` where there is {place}", built))
     cuda = args.device != "cuda" or torch.cuda.is_available()
     rules.append(("device", "cpu or auto where torch finds no GPU", cuda))
     needs = [*((package, "capture_video") for package in VIDEO_PACKAGES), ("wandb", "track")]
     for package, flag in needs:
         holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
         rules.append((flag, f"left out, or run `pip install {package}` first", holds))
-    fits = max(free_memory() - 2**30, 0) // bytes_per_row // 1_000 * 1_000  # 1 GiB for the rest
+    free = max(free_memory() - 2**30, 0)  # 1 GiB for the rest
+    if args.buffer == "cuda" and built:  # on the GPU, or else in the machine's memory
+        free = max(free, int(0.9 * torch.cuda.mem_get_info()[0]))
+    fits = free // bytes_per_row // 1_000 * 1_000
     rules.append(("buffer_size", f"at most {fits} in this memory", args.buffer_size <= fits))
     for name, rule, holds in rules:
         if not holds:
@@ -562,9 +572,9 @@ def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=
 
 def main(args: Args, saved: dict) -> None:
     # ------------------------------------------------------------------------------------ set up
-    check_args(args, bytes_per_row=84 * 84 + 14)
     if args.buffer == "auto":
-        args.buffer = built_buffers()[-1]
+        args.buffer = built_buffers(args)[-1]
+    check_args(args, bytes_per_row=84 * 84 + 14)
     device, n = prepare(args), args.num_envs
     rng = np.random.default_rng(args.seed)
     envs = make_env(args.env_id, n, args.seed)
@@ -575,8 +585,9 @@ def main(args: Args, saved: dict) -> None:
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
     options = {"n_step": args.n_step, "gamma": args.gamma, "seed": args.seed}
-    if args.buffer == "cpp":  # stacks come scaled, in the layout that the convolutions want
+    if args.buffer != "numpy":  # stacks come scaled, in the layout that the convolutions want
         options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
+        options |= {"device": device if args.buffer == "cuda" else "cpu"}
     replay_class = FrameReplay if args.buffer == "numpy" else fastreplay.FrameReplay
     replay = replay_class(args.buffer_size, (84, 84), n, **options)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
@@ -599,6 +610,8 @@ def main(args: Args, saved: dict) -> None:
     obs, infos = envs.start(saved.get("envs"))
     episode_starts = infos["episode_starts"]
     run, writer = open_run(args)
+    if args.buffer == "cuda":
+        print(replay, flush=True)  # it says where its frames found room
 
     def learn(batch: Batch) -> torch.Tensor:
         """One gradient step; nothing here reads a value back from the device."""

@@ -85,6 +85,18 @@ class FastReplay(Peer):
         self.replay.update_priorities(batch.indices, td_error)
 
 
+class FastReplayOut(FastReplay):
+    title = "fastreplay, into tensors that are given"
+
+    def __init__(self, capacity):
+        super().__init__(capacity)
+        self.batches = {}
+
+    def sample(self, n):
+        self.batches[n] = self.replay.sample(n, out=self.batches.get(n))
+        return self.batches[n]
+
+
 class FastReplayPrioritized(FastReplay):
     title, prioritized = "fastreplay, prioritized, 3 steps", True
     options: ClassVar[dict] = {"n_step": 3}
@@ -524,6 +536,7 @@ class DopamineTree(Tree):
 
 PEERS = {
     "fastreplay": FastReplay,
+    "fastreplay-out": FastReplayOut,
     "fastreplay-per": FastReplayPrioritized,
     "numpy": CleanQNumpy,
     "cpprb": Cpprb,

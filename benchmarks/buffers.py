@@ -4,9 +4,9 @@
 
 Each peer runs in a process and a virtual environment of its own, which this command makes (torch
 and NumPy are taken from the environment that runs it). A peer that does not install is a row that
-says so. Every process also measures the limits of the machine, before and after: a copy of the
-bytes that must move, and a plain memcpy whose change is the drift. Written into the record:
-results.json (all raw times), README.md (the table), and the figures.
+says so. Every process also times a memcpy, before and after: its change is the drift. The limit, a
+plain copy of the bytes that must move, is a row too. Written into the record: results.json (all
+times, to four digits), README.md (the table), and the figures.
 
 Measured, for 84x84 frames, stacks of 4, --capacity transitions:
     add       transitions a second while the buffer fills for the second time
@@ -40,7 +40,7 @@ SAMPLE_SIZES = (1, 8, 32, 64, 128, 256, 512)
 TREE_SIZES = (32, 256, 4096)
 
 
-def times_of(call, args, calls=None):
+def times_of(call, args, blocks=None, calls=None):
     """Seconds of each call, in `args.repeats` blocks; the first calls are not counted."""
     for _ in range(3):
         call()
@@ -48,15 +48,15 @@ def times_of(call, args, calls=None):
     call()
     once = time.perf_counter() - start
     calls = calls or int(min(200, max(5, args.seconds / args.repeats / max(once, 1e-7))))
-    blocks = []
-    for _ in range(args.repeats):
+    times = []
+    for _ in range(blocks or args.repeats):
         block = []
         for _ in range(calls):
             start = time.perf_counter()
             call()
             block.append(time.perf_counter() - start)
-        blocks.append(block)
-    return blocks
+        times.append(block)
+    return times
 
 
 def mean_of_many(call, args, calls=200):
@@ -90,30 +90,62 @@ def drift_seconds():
 
 
 def measure_limit(args):
-    """stack + 1 = 5 frames a transition, copied from random places in one piece by two threads."""
-    pieces = max(1, args.capacity // 5)
-    memory = torch.zeros((pieces, 5 * FRAME_BYTES), dtype=torch.uint8)
+    """fastreplay's samples by turns with the least that any sample must do: a plain copy of the
+    stack + 1 = 5 frames of n transitions, in one piece from anywhere in a game's frames, on torch's
+    threads. Both write into the same tensors again and again."""
+    peer = PEERS["fastreplay-out"]
+    buffer = filled(peer, args.capacity)
+    frames = buffer.replay.state_dict()["frames"][0].view(-1)
+    random = np.random.default_rng(0)
     result = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for n in SAMPLE_SIZES:
-            out = torch.empty((n, 5 * FRAME_BYTES), dtype=torch.uint8)
-            rows = iter(torch.randint(pieces, (100_000, n)))
-            copy = lambda rows=rows, out=out: torch.index_select(memory, 0, next(rows), out=out)  # noqa: E731
-            result[f"copy {n}, {threads} threads"] = times_of(copy, args)
+            size = n * 5 * FRAME_BYTES
+            target = torch.empty(size, dtype=torch.uint8)
+            starts = iter(random.integers(len(frames) - size, size=1_000_000).tolist())
+
+            def copy(target=target, size=size, starts=starts):
+                target.copy_(frames[(start := next(starts)) : start + size])
+
+            blocks = {"copy": [], "sample": []}
+            for _ in range(4 * args.repeats):  # short turns: the machine's speed changes
+                blocks["copy"] += times_of(copy, args, blocks=1, calls=50)
+                blocks["sample"] += times_of(lambda n=n: buffer.sample(n), args, 1, 50)
+            for what in blocks:
+                result[f"{what} {n}, {threads} threads"] = blocks[what]
     return result
+
+
+def measure_import(args):
+    """Milliseconds that fastreplay's classes take to import once torch is there."""
+    code = (
+        "import time, torch; start = time.perf_counter(); "
+        "from fastreplay import FrameReplay, SumTree; print(time.perf_counter() - start)"
+    )
+    runs = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+        for _ in range(args.repeats)
+    ]
+    return {"seconds": [[seconds] for seconds in runs]}
+
+
+def filled(peer, capacity, stream=None):
+    stream = stream or Stream(peer.num_envs)
+    buffer = peer(capacity)
+    for _ in range(capacity // peer.num_envs):
+        buffer.add(stream.step())
+    return buffer
 
 
 def measure_frames(peer, args):
     torch.set_num_threads(2)
     stream = Stream(peer.num_envs)
-    steps = args.capacity // peer.num_envs
     before = resident_bytes()
-    buffer = peer(args.capacity)
-    for _ in range(steps):
-        buffer.add(stream.step())
+    buffer = filled(peer, args.capacity, stream)
     result = {}
     if before is not None:
+        steps = args.capacity // peer.num_envs
         result["bytes"] = (resident_bytes() - before) / (steps * peer.num_envs)
     seconds, added = 0.0, 0
     while seconds < args.seconds:
@@ -193,6 +225,8 @@ def work(args):
     before = drift_seconds()
     if args.worker == "limit":
         result = measure_limit(args)
+    elif args.worker == "import":
+        result = measure_import(args)
     elif args.worker == "capacities":
         result = measure_capacities(args)
     else:
@@ -281,11 +315,20 @@ def table(rows):
         ]
     if "result" in rows.get("limit", {}):
         result = rows["limit"]["result"]
+        lines += [
+            "",
+            "By turns in one process, microseconds, and the median ratio of the turns:",
+            "",
+        ]
+        lines += ["| batch, threads | plain copy of 5 frames each | fastreplay | ratio |"]
+        lines += ["|---|---:|---:|---:|"]
         for threads in (1, 2):
-            cells = [cell(result, f"copy {n}, {threads} threads") for n in (32, 256)]
-            lines += [
-                f"| limit: copy of 5 frames, {threads} threads | | | | {' | '.join(cells)} | | | |"
-            ]
+            for n in (32, 256):
+                key = f"{n}, {threads} threads"
+                turns = zip(result[f"sample {key}"], result[f"copy {key}"])
+                ratio = np.median([np.median(sample) / np.median(copy) for sample, copy in turns])
+                cells = [cell(result, f"{what} {key}") for what in ("copy", "sample")]
+                lines += [f"| {key} | {cells[0]} | {cells[1]} | {ratio:.2f} |"]
     lines += ["", "## Sum-trees, 2^20 leaves, one thread", ""]
     columns = [f"{what} {n}" for what in ("sample", "update") for n in TREE_SIZES]
     lines += ["| tree | version | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 6]
@@ -306,7 +349,20 @@ def table(rows):
             if key.startswith("frames "):
                 n = key.split()[1]
                 lines += [f"| {n} | {cell(result, key)} | {cell(result, f'tree {n}')} |"]
+    if "result" in rows.get("import", {}):
+        middle, low, high = microseconds(rows["import"]["result"]["seconds"])
+        milliseconds = f"{middle / 1e3:.1f} ms ({low / 1e3:.1f}-{high / 1e3:.1f})"
+        lines += ["", f"Importing fastreplay's classes after torch: {milliseconds}"]
     return "\n".join(lines) + "\n"
+
+
+def rounded(value):
+    """Times to four significant digits: a record is read by people."""
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [rounded(x) for x in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def figures(rows, record):
@@ -331,7 +387,7 @@ def figures(rows, record):
     if "result" in rows.get("limit", {}):
         copies = rows["limit"]["result"]
         limit = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in SAMPLE_SIZES]
-        axes.loglog(SAMPLE_SIZES, limit, "k:", label="limit: copy, 2 threads")
+        axes.loglog(SAMPLE_SIZES, limit, "k:", label="limit: plain copy, 2 threads")
     axes.set(xlabel="batch", ylabel="microseconds", title="sample (obs, next_obs), 84x84, stack 4")
     axes.legend(fontsize="small")
     figure.savefig(record / "latency.png", dpi=120)
@@ -381,8 +437,8 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return work(args)
-    names = args.peers or ["limit", *PEERS, "capacities"]
-    unknown = set(names) - {"limit", "capacities", *PEERS}
+    names = args.peers or ["limit", *PEERS, "capacities", "import"]
+    unknown = set(names) - {"limit", "capacities", "import", *PEERS}
     if unknown:
         parser.error(f"no such peer: {', '.join(unknown)}; there are: {', '.join(PEERS)}")
     rows = {}
@@ -394,7 +450,7 @@ def main():
             rows[name] = {"error": str(error)}
     print(table(rows))
     if args.record:
-        write_record(args.record, {"rows": rows}, table(rows))
+        write_record(args.record, {"rows": rounded(rows)}, table(rows))
         figures(rows, Path(args.record))
 
 

@@ -192,6 +192,8 @@ def main():
     args = parser.parse_args()
     if args.work:
         return work(args)
+    if args.cleanrl:
+        args.cleanrl = str(Path(args.cleanrl).expanduser().resolve())
     sides = [f"CleanQ {variant}".strip() for variant in args.variants]
     sides += ["CleanRL"] if args.cleanrl else []
     sides += ["Stable-Baselines3"]
@@ -202,6 +204,7 @@ def main():
                 continue
             drift.append(drift_ms())
             command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--work", side]
+            command += ["--cleanrl", args.cleanrl] if args.cleanrl else []  # of any folder
             with tempfile.TemporaryDirectory() as folder:
                 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             lines = [x for x in done.stdout.splitlines() if x.startswith('{"steps_per_second"')]

@@ -4,6 +4,7 @@
 
 #include "checked.h"
 #include "instructions.h"
+#include "thread_pool.h"
 
 namespace py = pybind11;
 
@@ -99,6 +100,7 @@ PYBIND11_MODULE(_cpu, m) {
           uint8_t* all = reinterpret_cast<uint8_t*>(v.data);
           return mark_drawable(all, v.shape[0], v.shape[1], stored, head, stack, n_step);
         });
+  m.def("openmp_threads", &fastreplay::openmp_threads);
   m.def("instruction_set", &instruction_set_name);
   m.def("use_instruction_set", &use_instruction_set_name);
 }

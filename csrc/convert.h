@@ -53,8 +53,10 @@ FR_HOST_DEVICE inline uint16_t float16_bits(float x) {
 #endif
 }
 
-// n elements (bytes, if kCopy) of one run of frames.
-void convert(const uint8_t* in, int64_t n, Output output, float scale, void* out);
+// n elements (bytes, if kCopy) of one run of frames. A plain copy is bound by memory: as its end
+// nears it asks for what is at `next`, which is not read here.
+void convert(const uint8_t* in, int64_t n, const uint8_t* next, Output output, float scale,
+             void* out);
 
 // `stack` <= 8 frames of n bytes each, interleaved.
 void interleave(const uint8_t* const* frames, int stack, int64_t n, Output output, float scale,

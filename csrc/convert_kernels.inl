@@ -14,6 +14,22 @@ FR_TARGET static inline void to_float16(const float* in, int n, uint16_t* out) {
 #endif
 }
 
+FR_TARGET static void copy_bytes(const uint8_t* in, int64_t n, const uint8_t* next, uint8_t* out) {
+  typedef uint8_t Vector __attribute__((vector_size(32), aligned(1), may_alias));
+  int64_t i = 0;
+  for (; i + 256 <= n; i += 256) {
+    const uint8_t* ahead = i + kAhead < n ? in + i + kAhead : next + (i + kAhead - n);
+    for (int byte = 0; byte < 256; byte += 64) __builtin_prefetch(ahead + byte);
+    const Vector* from = reinterpret_cast<const Vector*>(in + i);
+    Vector* to = reinterpret_cast<Vector*>(out + i);
+    const Vector v0 = from[0], v1 = from[1], v2 = from[2], v3 = from[3];
+    const Vector v4 = from[4], v5 = from[5], v6 = from[6], v7 = from[7];
+    to[0] = v0, to[1] = v1, to[2] = v2, to[3] = v3;
+    to[4] = v4, to[5] = v5, to[6] = v6, to[7] = v7;
+  }
+  std::memcpy(out + i, in + i, static_cast<size_t>(n - i));
+}
+
 FR_TARGET static void convert_bytes(const uint8_t* in, int64_t n, Output output, float scale,
                                     void* out) {
   if (output == Output::kFloat32) {
@@ -78,4 +94,4 @@ FR_TARGET static void interleave_block(const uint8_t* const* frames, int stack, 
   by_stack[stack - 1](frames, first, n, out);
 }
 
-static const Kernels kernels = {convert_bytes, interleave_block};
+static const Kernels kernels = {copy_bytes, convert_bytes, interleave_block};

@@ -129,7 +129,7 @@ void FrameRing::draw(uint64_t seed, uint64_t call, int64_t n, int64_t* out) cons
 }
 
 void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames,
-                            const FrameOutput& format, uint8_t* out) const {
+                            const uint8_t* follows, const FrameOutput& format, uint8_t* out) const {
   const int64_t bytes = layout_.frame_bytes;
   const uint8_t* ring = memory_.frames + game * layout_.rows * bytes;
   const int blanks = frames - 1 - depth;  // before the opening frame
@@ -149,14 +149,21 @@ void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames,
   std::memset(out, 0, static_cast<size_t>(blanks * out_bytes));
   out += blanks * out_bytes;
   const int64_t run = std::min<int64_t>(depth + 1, layout_.rows - row);  // up to the wrap-around
-  convert(ring + row * bytes, run * bytes, format.output, format.scale, out);
+  convert(ring + row * bytes, run * bytes, follows, format.output, format.scale, out);
   if (run < depth + 1) {
-    convert(ring, (depth + 1 - run) * bytes, format.output, format.scale, out + run * out_bytes);
+    convert(ring, (depth + 1 - run) * bytes, follows, format.output, format.scale,
+            out + run * out_bytes);
   }
 }
 
-void FrameRing::gather_one(int64_t index, const FrameOutput& format, const BatchMemory& batch,
-                           int64_t sample) const {
+void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& format,
+                           const BatchMemory& batch, int64_t sample) const {
+  __builtin_prefetch(memory_.flags + next);
+  __builtin_prefetch(memory_.actions + next);
+  __builtin_prefetch(memory_.rewards + next);
+  const int64_t oldest = std::max<int64_t>(next - layout_.stack + 1, 0);  // of next's stack, mostly
+  const uint8_t* follows = memory_.frames + oldest * layout_.frame_bytes;
+
   const int64_t game = index / layout_.rows, slot = index % layout_.rows;
   const Ring ring = this->ring(game);
   const Window window = walk_window(ring, slot, layout_.n_step);
@@ -171,12 +178,12 @@ void FrameRing::gather_one(int64_t index, const FrameOutput& format, const Batch
   const int depth = stack_depth(ring, slot, layout_.stack);
   uint8_t* obs = batch.obs + sample * batch.obs_stride;
   if (is_shared(batch, format)) {
-    write_stack(game, window.end, depth + 1, layout_.stack + 1, format, obs);
+    write_stack(game, window.end, depth + 1, layout_.stack + 1, follows, format, obs);
     return;
   }
-  write_stack(game, slot, depth, layout_.stack, format, obs);
-  write_stack(game, window.end, stack_depth(ring, window.end, layout_.stack), layout_.stack, format,
-              batch.next_obs + sample * batch.next_obs_stride);
+  write_stack(game, slot, depth, layout_.stack, follows, format, obs);
+  write_stack(game, window.end, stack_depth(ring, window.end, layout_.stack), layout_.stack,
+              follows, format, batch.next_obs + sample * batch.next_obs_stride);
 }
 
 bool FrameRing::is_shared(const BatchMemory& batch, const FrameOutput& format) const {
@@ -189,15 +196,21 @@ void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& for
                        const BatchMemory& batch) {
   const int frames = is_shared(batch, format) ? layout_.stack + 1 : 2 * layout_.stack;
   const int64_t bytes = n * frames * layout_.frame_bytes * expansion(format.output);
-  if (threads_ <= 1 || n < 2 || bytes < kThreadedBytes) {
-    for (int64_t i = 0; i < n; ++i) gather_one(indices[i], format, batch, i);
-    return;
+  const int threads = threads_ > 0 ? threads_ : openmp_threads();
+  const bool alone = threads <= 1 || n < 2 || bytes < kThreadedBytes;
+  const int64_t step = alone ? 1 : threads;  // to the next call that this thread will likely take
+  const auto work = [&](int64_t i) {
+    gather_one(indices[i], indices[i + step < n ? i + step : i], format, batch, i);
+  };
+  if (alone) {
+    for (int64_t i = 0; i < n; ++i) work(i);
+  } else if (threads_ > 0 || !run_on_openmp(n, work)) {
+    if (crew_ == nullptr || crew_->pid != process()) {
+      (void)crew_.release();  // null, or the parent's
+      crew_ = std::make_unique<Crew>(threads);
+    }
+    crew_->pool.run(n, work);
   }
-  if (crew_ == nullptr || crew_->pid != process()) {
-    (void)crew_.release();  // null, or the parent's
-    crew_ = std::make_unique<Crew>(threads_);
-  }
-  crew_->pool.run(n, [&](int64_t i) { gather_one(indices[i], format, batch, i); });
 }
 
 void FrameRing::update(const int64_t* indices, const uint32_t* leaves, int64_t n) {

@@ -18,8 +18,8 @@
 // Cost: 9 bytes a row besides the frame (and 4.6 for a leaf). add: one copy a game and
 // O(n_step + stack) flags. gather: stack + 1 frames a sample (2 stack if n_step > 1), shared by the
 // threads. Nothing here allocates after construction, but the first threaded gather starts the
-// threads. One call at a time (the binding holds a lock); after fork() the child starts threads of
-// its own.
+// threads, unless they are torch's. One call at a time (the binding holds a lock); after fork() the
+// child starts threads of its own.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +68,8 @@ struct BatchMemory {
 
 class FrameRing {
  public:
-  // `powers` holds gamma^0 .. gamma^n_step. `tree` (num_envs * rows leaves, or null) outlives this.
+  // `threads` 0: torch's own (thread_pool.h). `powers` holds gamma^0 .. gamma^n_step. `tree`
+  // (num_envs * rows leaves, or null) outlives this.
   FrameRing(const RingLayout& layout, const RingMemory& memory, std::vector<float> powers,
             SumTree* tree, int threads);
   ~FrameRing();
@@ -107,10 +108,12 @@ class FrameRing {
   }
   void refresh(int64_t game, int64_t slot);
   bool is_shared(const BatchMemory& batch, const FrameOutput& format) const;
-  void gather_one(int64_t index, const FrameOutput& format, const BatchMemory& batch,
+  // Writes one sample, and asks for the memory of the index that this thread will likely take next.
+  void gather_one(int64_t index, int64_t next, const FrameOutput& format, const BatchMemory& batch,
                   int64_t sample) const;
-  void write_stack(int64_t game, int64_t slot, int depth, int frames, const FrameOutput& format,
-                   uint8_t* out) const;
+  // `follows`: what will likely be read after this.
+  void write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* follows,
+                   const FrameOutput& format, uint8_t* out) const;
 
   RingLayout layout_;
   RingMemory memory_;

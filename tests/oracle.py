@@ -166,7 +166,7 @@ def q_values(state_dict, obs):
         x = obs.astype(np.float64) / 255
         for i, stride in enumerate((4, 2, 1)):
             x = np.maximum(conv2d(x, w[2 * i], w[2 * i + 1], stride), 0)
-        x, w = x.reshape(len(x), -1), w[6:]
+        x, w = x.transpose(0, 2, 3, 1).reshape(len(x), -1), w[6:]  # height, width, channel
     else:
         x = obs.astype(np.float64)
     layers = list(zip(w[::2], w[1::2]))

@@ -23,7 +23,7 @@ PARENTS = {
     "ddqn_atari": ("dqn_atari", {"td_loss"}, 40),
 }
 # lines of code, without blank lines, comments and docstrings
-BUDGETS = {"cartpole": 465, "atari": 505}
+BUDGETS = {"cartpole": 475, "atari": 515}
 SHARED = re.compile(r"^# --- shared: (\S+)\n(.*?)^# --- end shared\n", re.M | re.S)
 
 

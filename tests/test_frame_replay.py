@@ -365,7 +365,7 @@ def test_a_given_batch_is_written_and_not_replaced(make_fast, options):
 
 def test_threads_change_nothing(make_cpp):
     options = {"capacity": 200, "frame_shape": (84, 84), "prioritized": True}
-    replays = [filled(make_cpp, threads=threads, **options) for threads in (1, 2, 5)]
+    replays = [filled(make_cpp, threads=threads, **options) for threads in (1, 2, 5, None)]
     for _ in range(20):
         first, *others = (replay.sample(64) for replay in replays)
         for other in others:
@@ -411,8 +411,9 @@ def test_several_python_threads_may_use_one_replay(make_cpp):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_process_samples_on(make_cpp):
-    replay = filled(make_cpp, 200, frame_shape=(84, 84), threads=2)
+@pytest.mark.parametrize("threads", [2, None])
+def test_a_child_process_samples_on(make_cpp, threads):
+    replay = filled(make_cpp, 200, frame_shape=(84, 84), threads=threads)
     twin = filled(make_cpp, 200, frame_shape=(84, 84), threads=1)
     replay.sample(64)  # starts the threads, which the child will not have
     twin.sample(64)

@@ -204,8 +204,8 @@ def test_evaluation_plays_whole_games_with_its_own_epsilon(atari):
 
     q_network = atari.QNetwork(4)
     with torch.no_grad():
-        q_network.network[-1].weight.zero_()
-        q_network.network[-1].bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+        q_network.head.weight.zero_()
+        q_network.head.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
     args = atari.Args(env_id="BreakoutNoFrameskip-v4", eval_episodes=5, eval_e=1.0)
     moved = atari.evaluate(q_network, args, torch.device("cpu"))
     assert len(moved) == 5 and moved.sum() > 0

@@ -269,6 +269,7 @@ BAD = [
     ({"batch_size": 2**40}, "--batch-size must be at most"),
     ({"torch_threads": 2**40}, "--torch-threads must be at most"),
     ({"device": "cuda"}, "--device must be"),
+    ({"buffer": "cuda"}, "--buffer must be built first"),
     ({"device": "tpu"}, "--device"),
     ({"loss": "l1"}, "--loss"),
     ({"no_such_flag": 1}, "--no-such-flag"),
@@ -280,7 +281,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
 @pytest.mark.parametrize("name", [CARTPOLE[0], ATARI[0]])
 def test_bad_input_is_refused(name, options, message, in_tmp, monkeypatch, capsys):
-    if options.get("device") == "cuda" and torch.cuda.is_available():
+    if "cuda" in options.values() and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(SystemExit) as left:
         main_in_process(load(name), options, monkeypatch)

@@ -64,7 +64,7 @@ def test_gradient_flows_through_the_value_of_the_action_taken_only(script, loss)
     slope = np.clip(-errors, -1, 1) if loss == "huber" else -2 * errors
     expected = np.zeros(N_ACTIONS)
     np.add.at(expected, arrays["actions"], slope / BATCH)
-    np.testing.assert_allclose(q_network.network[-1].bias.grad.numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose([*q_network.parameters()][-1].grad.numpy(), expected, rtol=1e-9)
     assert all(p.grad is None for p in target_network.parameters())
 
 
@@ -116,6 +116,21 @@ def test_fast_layout_changes_rounding_only(atari):
         assert moved > 1e-5
         # Adam's first steps divide by tiny second moments; a few weights may differ by a step
         assert (plain - fast).abs().mean() < 0.01 * moved
+
+
+def test_the_hidden_layer_is_dense_in_every_form(atari):
+    """A CPU computes it as a convolution in float32, as a matrix product in float64."""
+    torch.manual_seed(1)
+    single = atari.QNetwork(N_ACTIONS).to(memory_format=torch.channels_last)
+    double = atari.QNetwork(N_ACTIONS).double()
+    double.load_state_dict(single.state_dict())
+    obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    outputs = [single(obs), double(obs)]
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-4, atol=1e-6)
+    for output in outputs:
+        output.square().sum().backward()
+    for mine, exact in zip(single.parameters(), double.parameters()):
+        torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_epsilon(script):

@@ -48,7 +48,8 @@ class FrameReplay:
             float32, which hold frame * scale, computed in float32.
         scale: see there.
         memory_format: torch.contiguous_format or, for two-dimensional frames, torch.channels_last.
-        threads: that copy a batch; by default as many as the process has cores, at most 4.
+        threads: that copy a batch; by default those that torch computes with, as many as
+            torch.set_num_threads says. Where torch has no GNU OpenMP: one a core, at most 4.
         device: "cpu", or "cuda" or "cuda:1"... for a replay on that GPU.
         storage: of the frames of a replay on a GPU: "device", or "host" for pinned memory of the
             host that the GPU reads across the bus, or "auto" for whichever has room. The attribute
@@ -97,7 +98,6 @@ class FrameReplay:
         output_dtype = frame_dtype if output_dtype is None else output_dtype
         channels_last = memory_format == torch.channels_last
         byte_frames = frame_dtype == torch.uint8
-        threads = min(len(os.sched_getaffinity(0)), 4) if threads is None else threads
         frames = 1 if stack is None else stack
         for name, value, low, high in (
             ("num_envs", num_envs, 1, 2**20),
@@ -109,7 +109,7 @@ class FrameReplay:
             ("per_beta", per_beta, 0, 100),
             ("per_epsilon", per_epsilon, 1e-30, 1e30),
             ("scale", scale, -1e30, 1e30),
-            ("threads", threads, 1, 256),
+            ("threads", 1 if threads is None else threads, 1, 256),
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, not {value}")
@@ -155,6 +155,7 @@ class FrameReplay:
             memory += (place.staging(row_bytes), place.zeros(8))
             self._ring = ring(memory, self._tree, place.handle, **options)
         else:
+            threads = _default_threads() if threads is None else threads
             self._ring = ring(memory, self._tree, powers=powers, threads=threads, **options)
         self.per_beta = per_beta
 
@@ -378,3 +379,8 @@ class FrameReplay:
             ):
                 raise ValueError(f"the state is damaged: {name} must be {dtype} of shape {shape}")
         return stored, head
+
+
+def _default_threads() -> int:
+    """0 stands for torch's own."""
+    return 0 if _cpu.openmp_threads() > 0 else min(os.cpu_count() or 1, 4)

@@ -1,0 +1,28 @@
+"""The compiled code under AddressSanitizer and UndefinedBehaviorSanitizer (tests/sanitize.sh)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def has(library):
+    """GCC prints a path for a library that it has, and the bare name for one that it lacks."""
+    answer = subprocess.run(["gcc", f"-print-file-name={library}"], capture_output=True, text=True)
+    return "/" in answer.stdout
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not shutil.which("gcc") or not has("libasan.so"),
+    reason="needs GCC's sanitizers",
+)
+def test_no_sanitizer_has_anything_to_say():
+    script = Path(__file__).parent / "sanitize.sh"
+    environment = os.environ | {"PYTHON": sys.executable}
+    run = subprocess.run(
+        [script, "address"], capture_output=True, text=True, env=environment, timeout=1500
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
