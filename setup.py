@@ -1,63 +1,147 @@
-"""Builds fastreplay's compiled half. Where there is no compiler the install goes on without it."""
+"""Builds fastreplay's compiled half. Where there is no compiler the install goes on without it.
 
+The environment variable FASTREPLAY_CUDA: 0 builds nothing for CUDA, 1 ends the install where that
+does not succeed, auto (the default) builds it where nvcc is found.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+ARCHITECTURES = ("80", "90", "100")  # and PTX of the last, which newer ones compile at first use
+WANTED = os.environ.get("FASTREPLAY_CUDA", "auto")
 
-def extensions():
-    import pybind11
 
+def flags():
     if sys.platform == "win32":
-        flags = ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
-    else:
-        # No fused multiply-add: priorities are quantised alike on every processor (priority.h).
-        # No trapping arithmetic: lets loops with a choice in them become vector code.
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "-ffp-contract=off",
-            "-fno-trapping-math",
-            "-fvisibility=hidden",
-            "-pthread",
-        ]
-        flags += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+        return ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
+    # No fused multiply-add: priorities are quantised alike on every processor (priority.h).
+    # No trapping arithmetic: lets loops with a choice in them become vector code.
     return [
-        Extension(
-            "fastreplay._cpu",
-            sources=sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h") + glob("csrc/*.inl")),
-            include_dirs=[pybind11.get_include()],
-            extra_compile_args=flags,
-            language="c++",
-            optional=True,
-        )
+        *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"),
+        *("-pthread", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"),
+        "-Wno-unknown-warning-option",
     ]
 
 
+def find_nvcc():
+    """The path of nvcc, or None."""
+    if WANTED == "0" or sys.platform == "win32":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    names = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    names += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in map(shutil.which, filter(None, names)) if path), None)
+
+
+def extensions(nvcc):
+    import pybind11
+
+    common = {"include_dirs": [pybind11.get_include()], "extra_compile_args": flags()}
+    common |= {"language": "c++", "optional": True}
+    headers = glob("csrc/*.h") + glob("csrc/*.inl")
+    built = [
+        Extension(
+            "fastreplay._cpu",
+            sources=sorted(glob("csrc/*.cpp")),
+            depends=sorted(headers),
+            **common,
+        )
+    ]
+    if nvcc:
+        sources = glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu") + ["csrc/tensor_view.cpp"]
+        headers += glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")
+        built.append(
+            Extension(
+                "fastreplay._cuda", sources=sorted(sources), depends=sorted(headers), **common
+            )
+        )
+    return built
+
+
+def run_nvcc(*arguments):
+    """Its output; RuntimeError with the end of it if it fails."""
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    if result.returncode != 0:
+        raise RuntimeError(f"nvcc: {output.strip()[-400:]}")
+    return output
+
+
 class BuildExt(build_ext):
-    """Says in one line what a failed build means, instead of ending the install."""
+    """Compiles the .cu sources, and says in one line what a failed build means."""
+
+    nvcc = find_nvcc()
 
     def run(self):
-        self.attempt(super().run)
+        self.attempt(super().run, "")
 
     def build_extension(self, ext):
-        self.attempt(super().build_extension, ext)
+        is_cuda = ext.name.endswith("_cuda")
+        self.attempt(self.build_cuda if is_cuda else super().build_extension, ext.name, ext)
 
-    def attempt(self, step, *args):
+    def build_cuda(self, ext):
+        # nvcc knows where its headers and libraries lie.
+        plan = run_nvcc(self.nvcc, "--dryrun", "empty.cu")
+        settings = dict(re.findall(r"^#\$ (INCLUDES|LIBRARIES)=(.*)$", plan, re.MULTILINE))
+        folders = {key: shlex.split(value) for key, value in settings.items()}
+        ext.include_dirs += [folder[2:] for folder in folders["INCLUDES"]]
+        ext.library_dirs += [folder[2:] for folder in folders["LIBRARIES"] if folder[:2] == "-L"]
+        # The runtime is linked in: the module loads where there is no driver, beside any torch.
+        ext.libraries += ["cudart_static", "dl", "rt"]
+
+        known = run_nvcc(self.nvcc, "--list-gpu-arch").split()
+        targets = [a for a in ARCHITECTURES if f"compute_{a}" in known]
+        if not targets:
+            raise RuntimeError(f"this nvcc knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+        command = [self.nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0"]
+        for target in targets:
+            command += ["-gencode", f"arch=compute_{target},code=sm_{target}"]
+        command += ["-gencode", f"arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+        for source in (source for source in ext.sources if source.endswith(".cu")):
+            to = Path(self.build_temp) / f"{source}.o"
+            to.parent.mkdir(parents=True, exist_ok=True)
+            run_nvcc(*command, "-c", source, "-o", str(to))
+            ext.extra_objects.append(str(to))
+        ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
+        super().build_extension(ext)
+
+    def attempt(self, step, name, *args):
         try:
             step(*args)
         except Exception as error:
-            reason = str(error).replace("\n", " ")[:100]
-            print(f"fastreplay: not compiled; the scripts run with --buffer numpy. Why: {reason}")
+            reason = str(error).replace("\n", " ")[:300]
+            if name.endswith("_cuda") and WANTED == "1":
+                sys.exit(f"fastreplay: FASTREPLAY_CUDA=1, but the CUDA build failed: {reason}")
+            lost = "--buffer numpy"
+            if name.endswith("_cuda"):
+                lost = "--buffer cpp; the rest is compiled (FASTREPLAY_CUDA=0 does not try)"
+            print(
+                f"fastreplay: not compiled{' for CUDA' * name.endswith('_cuda')}; "
+                f"the scripts run with {lost}. Why: {reason}"
+            )
 
+
+if WANTED not in ("0", "1", "auto"):
+    sys.exit(f"FASTREPLAY_CUDA must be 0, 1 or auto, not {WANTED}")
+if WANTED == "1" and not BuildExt.nvcc:
+    sys.exit(
+        "FASTREPLAY_CUDA=1, but there is no nvcc: install the CUDA toolkit, or set CUDA_HOME to it"
+    )
 
 setup(
     packages=["fastreplay"],
     package_dir={"fastreplay": "csrc/fastreplay"},
     package_data={"fastreplay": ["*.pyi", "py.typed"]},
-    ext_modules=extensions(),
+    ext_modules=extensions(BuildExt.nvcc),
     cmdclass={"build_ext": BuildExt},
 )

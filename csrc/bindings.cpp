@@ -88,6 +88,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("max_leaf",
                              [](const CheckedFrameRing& r) { return r.ring().max_leaf(); })
       .def_property_readonly("calls", &CheckedFrameRing::calls)
+      .def_property("beta", &CheckedFrameRing::beta, &CheckedFrameRing::set_beta)
       .def_readwrite("seed", &CheckedFrameRing::seed);
 
   m.def("use_huge_pages", [](uintptr_t address, int64_t bytes) {
@@ -97,7 +98,7 @@ PYBIND11_MODULE(_cpu, m) {
         [](const py::object& flags, int64_t stored, int64_t head, int stack, int n_step) {
           const TensorView v = view(flags, "flags");
           uint8_t* all = reinterpret_cast<uint8_t*>(v.data);
-          mark_drawable(all, v.shape[0], v.shape[1], stored, head, stack, n_step);
+          return mark_drawable(all, v.shape[0], v.shape[1], stored, head, stack, n_step);
         });
   m.def("openmp_threads", &fastreplay::openmp_threads);
   m.def("instruction_set", &instruction_set_name);

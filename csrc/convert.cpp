@@ -22,32 +22,6 @@ struct Kernels {
                            uint8_t* out);
 };
 
-inline uint32_t float_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// Finite numbers only; rounded to nearest even.
-inline uint16_t bfloat16_bits(float x) {
-  const uint32_t bits = float_bits(x);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-// Finite numbers only; rounded to nearest even, too large ones to infinity.
-inline uint16_t float16_bits(float x) {
-  const uint32_t bits = float_bits(x);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and above
-  if (magnitude < 0x38800000) {  // below 2^-14: a multiple of 2^-24; the sum's last bit is 2^-24
-    float absolute;
-    std::memcpy(&absolute, &magnitude, sizeof absolute);
-    return static_cast<uint16_t>(sign | (float_bits(absolute + 0.5f) - float_bits(0.5f)));
-  }
-  const uint32_t rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
-  return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
-}
-
 namespace plain {
 #define FR_TARGET
 #include "convert_kernels.inl"

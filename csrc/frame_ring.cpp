@@ -16,7 +16,6 @@
 namespace fastreplay {
 namespace {
 
-constexpr int kAttempts = 128;               // of a uniform draw, before it counts rows instead
 constexpr int64_t kThreadedBytes = 1 << 18;  // batches smaller than this are not worth a wake-up
 
 int64_t process() {
@@ -130,8 +129,7 @@ void FrameRing::draw(uint64_t seed, uint64_t call, int64_t n, int64_t* out) cons
 }
 
 void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames,
-                            const uint8_t* follows, const FrameOutput& format,
-                            uint8_t* out) const {
+                            const uint8_t* follows, const FrameOutput& format, uint8_t* out) const {
   const int64_t bytes = layout_.frame_bytes;
   const uint8_t* ring = memory_.frames + game * layout_.rows * bytes;
   const int blanks = frames - 1 - depth;  // before the opening frame
@@ -185,8 +183,7 @@ void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& forma
   }
   write_stack(game, slot, depth, layout_.stack, follows, format, obs);
   write_stack(game, window.end, stack_depth(ring, window.end, layout_.stack), layout_.stack,
-              follows, format,
-              batch.next_obs + sample * batch.next_obs_stride);
+              follows, format, batch.next_obs + sample * batch.next_obs_stride);
 }
 
 bool FrameRing::is_shared(const BatchMemory& batch, const FrameOutput& format) const {

@@ -18,8 +18,8 @@
 // Cost: 9 bytes a row besides the frame (and 4.6 for a leaf). add: one copy a game and
 // O(n_step + stack) flags. gather: stack + 1 frames a sample (2 stack if n_step > 1), shared by the
 // threads. Nothing here allocates after construction, but the first threaded gather starts the
-// threads, unless they are torch's. One call at a time (the binding holds a lock); after fork() the child starts threads of
-// its own.
+// threads, unless they are torch's. One call at a time (the binding holds a lock); after fork() the
+// child starts threads of its own.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +68,8 @@ struct BatchMemory {
 
 class FrameRing {
  public:
-  // `threads` 0: torch's own (thread_pool.h). `powers` holds gamma^0 .. gamma^n_step. `tree` (num_envs * rows leaves, or null) outlives this.
+  // `threads` 0: torch's own (thread_pool.h). `powers` holds gamma^0 .. gamma^n_step. `tree`
+  // (num_envs * rows leaves, or null) outlives this.
   FrameRing(const RingLayout& layout, const RingMemory& memory, std::vector<float> powers,
             SumTree* tree, int threads);
   ~FrameRing();

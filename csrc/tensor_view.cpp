@@ -30,7 +30,7 @@ struct Exchange {
   int (*tensor_from_object)(void* object, Tensor* out);
   void* current_work_stream;
 };
-constexpr int kCpu = 1, kCudaHost = 3;  // pinned memory is ordinary memory to the CPU
+constexpr int kCpu = 1, kCuda = 2, kCudaHost = 3;  // the last is pinned: ordinary to the CPU
 }  // namespace dlpack
 
 struct Torch {
@@ -88,7 +88,12 @@ bool from_exchange(const dlpack::Exchange& exchange, py::handle object, TensorVi
   if (tensor.ndim > TensorView::kMaxDims) return false;
   v.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   v.dtype = dtype_from_code(tensor.code, tensor.bits, tensor.lanes);
-  v.on_cpu = tensor.device_type == dlpack::kCpu || tensor.device_type == dlpack::kCudaHost;
+  v.device = TensorView::kElsewhere;
+  if (tensor.device_type == dlpack::kCpu || tensor.device_type == dlpack::kCudaHost) {
+    v.device = TensorView::kCpu;
+  } else if (tensor.device_type == dlpack::kCuda) {
+    v.device = tensor.device_id;
+  }
   v.writable = true;
   v.ndim = tensor.ndim;
   for (int d = 0; d < v.ndim; ++d) v.shape[d] = tensor.shape[d];
@@ -108,7 +113,11 @@ void from_attributes(py::handle tensor, const char* name, TensorView& v) {
       v.dtype = static_cast<DType>(i);
     }
   }
-  v.on_cpu = py::cast<std::string>(tensor.attr("device").attr("type")) == "cpu";
+  const py::object device = tensor.attr("device");
+  const std::string type = py::cast<std::string>(device.attr("type"));
+  v.device = TensorView::kElsewhere;
+  if (type == "cpu") v.device = TensorView::kCpu;
+  if (type == "cuda") v.device = py::cast<int>(device.attr("index"));
   v.writable = true;
   const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
   v.ndim = static_cast<int>(shape.size());
@@ -119,7 +128,10 @@ void from_attributes(py::handle tensor, const char* name, TensorView& v) {
     v.shape[d] = py::cast<int64_t>(shape[static_cast<size_t>(d)]);
     v.strides[d] = py::cast<int64_t>(strides[static_cast<size_t>(d)]);
   }
-  if (v.on_cpu) v.data = reinterpret_cast<char*>(py::cast<uintptr_t>(tensor.attr("data_ptr")()));
+  v.data = nullptr;
+  if (v.device != TensorView::kElsewhere) {
+    v.data = reinterpret_cast<char*>(py::cast<uintptr_t>(tensor.attr("data_ptr")()));
+  }
 }
 
 void from_buffer(py::handle object, const char* name, TensorView& v) {
@@ -130,7 +142,7 @@ void from_buffer(py::handle object, const char* name, TensorView& v) {
                          Py_TYPE(object.ptr())->tp_name);
   }
   v.data = static_cast<char*>(buffer.buf);
-  v.on_cpu = true;
+  v.device = TensorView::kCpu;
   v.writable = !buffer.readonly;
   v.ndim = buffer.ndim;
   const char* format = buffer.format == nullptr ? "B" : buffer.format;
@@ -183,21 +195,28 @@ bool TensorView::contiguous_from(int first) const {
   return true;
 }
 
-TensorView view(py::handle object, const char* name) {
+TensorView view_anywhere(py::handle object, const char* name) {
   TensorView v;
   const Torch& torch = torch_module();
-  if (torch.tensor_type != nullptr && PyObject_TypeCheck(object.ptr(), torch.tensor_type)) {
+  v.is_tensor = torch.tensor_type != nullptr && PyObject_TypeCheck(object.ptr(), torch.tensor_type);
+  if (v.is_tensor) {
     const bool exchanged = torch.exchange != nullptr && from_exchange(*torch.exchange, object, v);
     if (!exchanged) from_attributes(object, name, v);
   } else {
     from_buffer(object, name, v);
   }
-  if (!v.on_cpu) throw py::value_error(std::string(name) + " must be on the CPU, like the replay");
   return v;
 }
 
-TensorView view_1d(py::handle object, const char* name, DType dtype, int64_t n) {
-  TensorView v = view(object, name);
+TensorView view(py::handle object, const char* name) {
+  const TensorView v = view_anywhere(object, name);
+  if (v.device != TensorView::kCpu) {
+    throw py::value_error(std::string(name) + " must be on the CPU, like the replay");
+  }
+  return v;
+}
+
+void check_1d(const TensorView& v, const char* name, DType dtype, int64_t n) {
   if (v.dtype != dtype) {
     throw py::type_error(std::string(name) + " must be " + name_of(dtype) + ", not " +
                          name_of(v.dtype));
@@ -208,19 +227,26 @@ TensorView view_1d(py::handle object, const char* name, DType dtype, int64_t n) 
                           to_string(v.shape, v.ndim));
   }
   if (!v.contiguous_from(0)) throw py::value_error(std::string(name) + " must be contiguous");
+}
+
+TensorView view_1d(py::handle object, const char* name, DType dtype, int64_t n) {
+  const TensorView v = view(object, name);
+  check_1d(v, name, dtype, n);
   return v;
 }
 
-py::object empty_1d(int64_t n, DType dtype) {
+py::object empty_1d(int64_t n, DType dtype, py::handle device) {
   static PyObject* const torch = py::module_::import("torch").release().ptr();
   static PyObject* const empty = PyObject_GetAttrString(torch, "empty");
   static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
+  static PyObject* const more_keywords = py::make_tuple("dtype", "device").release().ptr();
   static PyObject* dtypes[static_cast<int>(DType::kOther)] = {};
   PyObject*& torch_dtype = dtypes[static_cast<int>(dtype)];
   if (torch_dtype == nullptr) torch_dtype = PyObject_GetAttrString(torch, name_of(dtype));
   const py::int_ length(n);
-  PyObject* const arguments[] = {length.ptr(), torch_dtype};
-  PyObject* tensor = PyObject_Vectorcall(empty, arguments, 1, keywords);
+  PyObject* const arguments[] = {length.ptr(), torch_dtype, device.ptr()};
+  PyObject* const names = device ? more_keywords : keywords;
+  PyObject* tensor = PyObject_Vectorcall(empty, arguments, 1, names);
   if (tensor == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(tensor);
 }

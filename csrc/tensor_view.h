@@ -18,9 +18,11 @@ int size_of(DType dtype);
 
 struct TensorView {
   static constexpr int kMaxDims = 10;
-  char* data;
+  static constexpr int kCpu = -1, kElsewhere = -2;
+  char* data;  // null if neither on the CPU nor on a CUDA device
   DType dtype;
-  bool on_cpu;
+  int device;      // kCpu, kElsewhere, or the number of a CUDA device
+  bool is_tensor;  // of torch
   bool writable;
   int ndim;
   int64_t shape[kMaxDims];
@@ -31,16 +33,21 @@ struct TensorView {
   bool contiguous_from(int first) const;
 };
 
-// `name` is what errors call the object. Raises TypeError if it is neither a tensor nor an array,
-// ValueError if it is not on the CPU.
+// `name` is what errors call the object. Raises TypeError if it is neither a tensor nor an array.
+TensorView view_anywhere(pybind11::handle object, const char* name);
+
+// The same on the CPU; ValueError elsewhere.
 TensorView view(pybind11::handle object, const char* name);
 
-// The view of a 1-D, contiguous object of this dtype; ValueError or TypeError if it is another, or,
-// with n >= 0, not of length n.
+// Raises ValueError or TypeError unless the view is 1-D, contiguous, of this dtype and, with n >=
+// 0, of length n.
+void check_1d(const TensorView& v, const char* name, DType dtype, int64_t n = -1);
+
+// view() and check_1d().
 TensorView view_1d(pybind11::handle object, const char* name, DType dtype, int64_t n = -1);
 
-// torch.empty(n, dtype=...). torch must be imported.
-pybind11::object empty_1d(int64_t n, DType dtype);
+// torch.empty(n, dtype=..., device=...), without a device on the CPU. torch must be imported.
+pybind11::object empty_1d(int64_t n, DType dtype, pybind11::handle device = {});
 
 // "(2, 84, 84)"
 std::string to_string(const int64_t* shape, int ndim);

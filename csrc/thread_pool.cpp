@@ -41,7 +41,8 @@ struct OpenMP {
   pid_t pid = getpid();
   OpenMP() {
     parallel = reinterpret_cast<decltype(parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    max_threads = reinterpret_cast<decltype(max_threads)>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+    max_threads =
+        reinterpret_cast<decltype(max_threads)>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
   }
   bool usable() const { return parallel != nullptr && max_threads != nullptr && pid == getpid(); }
 #else

@@ -24,6 +24,8 @@ enum RowFlag : uint8_t {
   kDrawable = 4,    // kept up to date by FrameRing: the answer of drawable() below
 };
 
+constexpr int kAttempts = 128;  // of a uniform draw, before it counts drawable rows instead
+
 struct Ring {
   const uint8_t* flags;  // of this game's rows
   int64_t rows;

@@ -5,7 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
+import torch
 
 ALGOS = Path(__file__).parent.parent / "algos"
 ATARI = ["dqn_atari", "ddqn_atari"]
@@ -19,6 +21,38 @@ def load(name: str):
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+# On a GPU; where there is none, CI runs the same kernels on the CPU (tests/cuda_emulation).
+CUDA = [
+    "cuda-emulated",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+        ],
+    ),
+]
+
+
+@pytest.fixture
+def emulation(monkeypatch):
+    """device="cuda" means the emulation."""
+    from fastreplay import _device
+
+    try:
+        module = emulated.load()
+    except (ImportError, RuntimeError) as e:
+        pytest.skip(str(e))
+    monkeypatch.setattr(_device, "emulation", module)
+
+
+def on_cuda(request, backend, cls):
+    """`cls` on the device that a parameter of CUDA names, its results on the CPU."""
+    if backend == "cuda-emulated":
+        request.getfixturevalue("emulation")
+    return lambda *args, **options: emulated.OnHost(cls(*args, **options, device="cuda"))
 
 
 @pytest.fixture(params=ATARI + CARTPOLE)

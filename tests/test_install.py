@@ -1,9 +1,11 @@
 """What `pip install .` leaves behind."""
 
+import os
 import shutil
 import subprocess
 import sys
 
+import emulated
 import pytest
 
 
@@ -12,11 +14,20 @@ def test_fastreplay_is_compiled_where_there_is_a_compiler():
     """Or else every test of it would be skipped without a word."""
     import fastreplay
 
-    assert fastreplay.backends() == ("cpp",)
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    nvcc = nvcc and os.environ.get("FASTREPLAY_CUDA") != "0"
+    assert fastreplay.backends() == (("cpp", "cuda") if nvcc else ("cpp",))
+
+
+@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="needs a compiler")
+def test_the_cuda_kernels_are_tested_where_there_is_a_compiler():
+    """Or else their tests would be skipped without a word."""
+    assert emulated.load().SumTree.slots(33) == 64 + 32
 
 
 def test_import_is_lazy():
-    """`import fastreplay` loads neither torch nor the compiled half."""
-    code = "import sys, fastreplay; print('torch' in sys.modules, 'fastreplay._cpu' in sys.modules)"
+    """`import fastreplay` loads neither torch nor a compiled half."""
+    code = "import sys, fastreplay; print({'torch', *COMPILED} & set(sys.modules))"
+    code = code.replace("COMPILED", "('fastreplay._cpu', 'fastreplay._cuda')")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "False False", result.stderr
+    assert result.stdout.strip() == "set()", result.stderr

@@ -1,5 +1,7 @@
 """The exact sum-tree against a list of integers, and its law."""
 
+import sys
+
 import numpy as np
 import oracle
 import pytest
@@ -11,13 +13,20 @@ fastreplay = pytest.importorskip("fastreplay")
 if not fastreplay.backends():
     pytest.skip("fastreplay is not compiled", allow_module_level=True)
 
+from conftest import CUDA, on_cuda  # noqa: E402
 from fastreplay import SumTree, _cpu  # noqa: E402
 
 CAPACITIES = [1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 4095, 4096, 4097]
 
 
-@pytest.fixture(autouse=True, params=["plain", "avx2", "avx512"])
-def instructions(request):
+@pytest.fixture(autouse=True, params=["plain", "avx2", "avx512", *CUDA])
+def instructions(request, monkeypatch):
+    """Every test runs with each of these: `SumTree` is the class to test."""
+    module = sys.modules[__name__]
+    if request.param.startswith("cuda"):
+        monkeypatch.setattr(module, "SumTree", on_cuda(request, request.param, SumTree))
+        yield request.param
+        return
     best = _cpu.instruction_set()
     try:
         _cpu.use_instruction_set(request.param)
@@ -96,31 +105,34 @@ def test_any_sequence_of_operations_agrees_with_a_list(data):
 
 @pytest.mark.parametrize("capacity", [2**20 - 1, 2**20, 2**20 + 1, 2**24])
 def test_large_trees_agree_with_cumulative_sums(capacity, instructions):
-    if capacity == 2**24 and instructions == "plain":
-        pytest.skip("slow, and covered by 2^20")
+    emulated = instructions == "cuda-emulated"
+    if (capacity == 2**24 and instructions == "plain") or (emulated and capacity != 2**20 + 1):
+        pytest.skip("slow, and covered by another capacity")
+    n, n_targets = (2000, 500) if emulated else (200_000, 20_000)
     rng = np.random.default_rng(0)
     tree = SumTree(capacity)
     leaves = np.zeros(capacity, np.uint64)
     for _ in range(3):  # heavy tails, many zeros, and overwriting
-        indices = rng.integers(0, capacity, 200_000)
-        priorities = rng.pareto(1.0, 200_000).astype(np.float32) * (rng.random(200_000) < 0.8)
+        indices = rng.integers(0, capacity, n)
+        priorities = rng.pareto(1.0, n).astype(np.float32) * (rng.random(n) < 0.8)
         priorities = priorities.astype(np.float32)
         tree.set(indices, priorities)
         scaled = np.rint(priorities.astype(np.float64) * oracle.UNIT)
         leaves[indices] = np.where(priorities > 0, np.clip(scaled, 1, 2**32 - 1), 0)
-    tree.check_valid()
+    if not emulated:
+        tree.check_valid()
     sums = np.cumsum(leaves)
     assert tree.total() == sums[-1]
-    targets = rng.integers(0, int(sums[-1]), 20_000)
+    targets = rng.integers(0, int(sums[-1]), n_targets)
     expected = np.searchsorted(sums, targets.astype(np.uint64), side="right")
     np.testing.assert_array_equal(tree.find(targets), expected)
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-def test_draws_follow_the_priorities(stratified):
+def test_draws_follow_the_priorities(stratified, instructions):
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(1)
-    capacity, draws = 1000, 400_000
+    capacity, draws = (50, 4000) if instructions == "cuda-emulated" else (1000, 400_000)
     priorities = rng.exponential(1.0, capacity).astype(np.float32) + 0.05
     tree = SumTree(capacity, alpha=0.6, seed=5)
     tree.set(np.arange(capacity), priorities)
@@ -170,8 +182,10 @@ def test_zero_is_never_drawn_and_the_smallest_leaf_can_be():
 def test_same_seed_same_draws_on_every_instruction_set(instructions):
     draws = {}
     for name in ("plain", instructions):
-        _cpu.use_instruction_set(name)
-        tree = SumTree(100_000, alpha=0.6, seed=3)
+        cls = SumTree if name == instructions else fastreplay.SumTree
+        if not name.startswith("cuda"):
+            _cpu.use_instruction_set(name)
+        tree = cls(100_000, alpha=0.6, seed=3)
         rng = np.random.default_rng(2)
         for _ in range(20):
             tree.set(rng.integers(0, 100_000, 5000), rng.pareto(2.0, 5000))

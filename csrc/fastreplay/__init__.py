@@ -2,7 +2,7 @@
 
     FrameReplay   stacks, n-step returns and priorities, built when a batch is sampled
     SumTree       draws proportional to priorities, for any kind of data
-    backends()    what of it is compiled here: ("cpp",) or ()
+    backends()    what of it is compiled here: ("cpp", "cuda"), ("cpp",) or ()
 
 The compiled half is loaded when one of the classes is first used.
 """
@@ -16,8 +16,14 @@ _HOME = {"SumTree": "sum_tree", "FrameReplay": "frame_replay", "Batch": "frame_r
 
 
 def backends():
-    """Names of the compiled backends, best last; empty where nothing was compiled."""
-    return ("cpp",) if importlib.util.find_spec("fastreplay._cpu") is not None else ()
+    """Names of the compiled backends, best last; empty where nothing was compiled.
+
+    "cuda" tells how fastreplay was built, not what the machine has: `device="cuda"` needs a GPU
+    too, as torch.cuda.is_available() says.
+    """
+    names = {"cpp": "fastreplay._cpu", "cuda": "fastreplay._cuda"}
+    built = tuple(name for name, module in names.items() if importlib.util.find_spec(module))
+    return built if "cpp" in built else ()
 
 
 def __getattr__(name):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreplay import _cpu
+from fastreplay._device import Place
 from fastreplay.sum_tree import SumTree
 
 
@@ -47,6 +50,25 @@ class FrameReplay:
         memory_format: torch.contiguous_format or, for two-dimensional frames, torch.channels_last.
         threads: that copy a batch; by default those that torch computes with, as many as
             torch.set_num_threads says. Where torch has no GNU OpenMP: one a core, at most 4.
+        device: "cpu", or "cuda" or "cuda:1"... for a replay on that GPU.
+        storage: of the frames of a replay on a GPU: "device", or "host" for pinned memory of the
+            host that the GPU reads across the bus, or "auto" for whichever has room. The attribute
+            `storage` says which it became.
+
+    On a GPU the same draws give the same batches, bit for bit, in tensors on that GPU. Every call
+    runs on the current stream, after what the replay did before on whichever stream, and none of
+    `add`, `sample(out=...)` and `update_priorities` allocates or waits for the GPU. (Until there is
+    something to draw, `sample` looks, and waits.)
+
+    CUDA graphs: `sample`, `update_priorities` and, of tensors on the GPU, `add` can be captured;
+    each launch of the graph counts on, draws anew and uses the `per_beta` of that moment. Other
+    attributes are as they were when captured. Order launches of the graph and other calls on
+    different streams yourself: the replay does not see a launch.
+
+    What only the GPU can see (an index or a TD error on the GPU that is no good, a row that is not
+    drawable, nothing to draw) changes nothing, and gives samples that are all zeros. `check()`
+    raises it, and so does `len` of a replay whose `add` was captured, and `state_dict`. These wait
+    for the GPU.
     """
 
     def __init__(
@@ -69,6 +91,8 @@ class FrameReplay:
         scale: float = 1 / 255,
         memory_format: torch.memory_format = torch.contiguous_format,
         threads: int | None = None,
+        device: str | torch.device = "cpu",
+        storage: str = "auto",
     ):
         frame_shape = tuple(int(side) for side in frame_shape)
         output_dtype = frame_dtype if output_dtype is None else output_dtype
@@ -102,40 +126,79 @@ class FrameReplay:
         if channels_last and not (byte_frames and len(frame_shape) == 2 and stack is not None):
             raise ValueError("channels_last is for stacks of two-dimensional uint8 frames")
 
+        if storage not in ("auto", "device", "host"):
+            raise ValueError(f"storage must be auto, device or host, not {storage}")
+        place = Place(device)
+        self._place, self.device = place, place.torch_device
         self.capacity, self.frame_shape, self.num_envs = capacity, frame_shape, num_envs
         self.stack, self.n_step, self.gamma = stack, n_step, gamma
         self.prioritized, self.stratified = prioritized, stratified
-        self.per_alpha, self.per_beta, self.per_epsilon = per_alpha, per_beta, per_epsilon
+        self.per_alpha, self.per_epsilon = per_alpha, per_epsilon
         self.frame_dtype, self.output_dtype, self.scale = frame_dtype, output_dtype, scale
         self.memory_format = memory_format
         self.rows = capacity // num_envs
 
-        # Not written until it is needed: an empty replay costs no memory.
-        shape = (num_envs, self.rows)
-        self._frames = torch.empty(shape + frame_shape, dtype=frame_dtype)
-        _cpu.use_huge_pages(self._frames.data_ptr(), self._frames.nbytes)
-        self._actions = torch.zeros(shape, dtype=torch.int32)
-        self._rewards = torch.zeros(shape, dtype=torch.float32)
-        self._flags = torch.zeros(shape, dtype=torch.uint8)
-        self._tree = SumTree(num_envs * self.rows, per_alpha, seed) if prioritized else None
-        self._ring = _cpu.FrameRing(
-            (self._frames, self._actions, self._rewards, self._flags),
-            self._tree,
-            frame_shape,
-            float_frames=not byte_frames,
-            stack=frames,
-            stack_axis=stack is not None,
-            powers=[float(gamma) ** k for k in range(n_step + 1)],
-            threads=_default_threads() if threads is None else threads,
-            seed=seed % 2**64,
+        shape, leaves = (num_envs, self.rows), num_envs * self.rows
+        self._frames = self._allocate_frames(storage)
+        self._actions = place.zeros(*shape, dtype=torch.int32)
+        self._rewards = place.zeros(*shape, dtype=torch.float32)
+        self._flags = place.zeros(*shape, dtype=torch.uint8)
+        self._tree = SumTree(leaves, per_alpha, seed, device) if prioritized else None
+        memory = (self._frames, self._actions, self._rewards, self._flags)
+        powers = [float(gamma) ** k for k in range(n_step + 1)]
+        options = {"frame_shape": frame_shape, "float_frames": not byte_frames, "stack": frames}
+        options |= {"stack_axis": stack is not None, "seed": seed % 2**64}
+        ring = place.module.FrameRing
+        if place.is_cuda:
+            row_bytes = ring.row_bytes(num_envs, self._frames[0, 0].nbytes)
+            memory += (torch.tensor(powers, dtype=torch.float32, device=self.device),)
+            memory += (place.staging(row_bytes), place.zeros(8))
+            self._ring = ring(memory, self._tree, place.handle, **options)
+        else:
+            threads = _default_threads() if threads is None else threads
+            self._ring = ring(memory, self._tree, powers=powers, threads=threads, **options)
+        self.per_beta = per_beta
+
+    def _allocate_frames(self, storage: str) -> Tensor:
+        shape = (self.num_envs, self.rows, *self.frame_shape)
+        self.storage = "host"
+        if not self._place.is_cuda:
+            # Not written until it is needed: an empty replay costs no memory.
+            frames = torch.empty(shape, dtype=self.frame_dtype)
+            _cpu.use_huge_pages(frames.data_ptr(), frames.nbytes)
+            return frames
+        module, size = self._place.module, math.prod(shape) * self.frame_dtype.itemsize
+        # A tenth of what is free is left to the network.
+        room = 0.9 * module.free_memory(self.device.index or 0)
+        if storage == "device" or (storage == "auto" and size <= room):
+            self.storage = "device"
+            return torch.empty(shape, dtype=self.frame_dtype, device=self.device)
+        pinned = module.PinnedMemory(size)
+        return torch.frombuffer(pinned, dtype=self.frame_dtype).view(shape)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.frame_shape))
+        frames = f", frames on the {self.storage}" if self._place.is_cuda else ""
+        kind = "prioritized" if self.prioritized else "uniform"
+        return (
+            f"FrameReplay({self.capacity} rows of {shape}, {self.num_envs} games, {kind}, "
+            f"on {self.device}{frames})"
         )
+
+    @property
+    def per_beta(self) -> float:
+        return self._ring.beta
+
+    @per_beta.setter
+    def per_beta(self, beta: float) -> None:
+        self._ring.beta = beta
 
     def __len__(self) -> int:
         """Rows stored, all games together."""
         return self._ring.stored * self.num_envs
 
     def add(self, frames, actions, rewards, terminations, episode_starts) -> None:
-        """Stores one row for each game. Tensors on the CPU or NumPy arrays.
+        """Stores one row for each game. Tensors on the CPU, NumPy arrays or tensors on `device`.
 
         Args:
             frames: (num_envs, *frame_shape) frame_dtype, the newest frame seen before acting. Each
@@ -153,13 +216,13 @@ class FrameReplay:
 
     def drawable(self, indices) -> Tensor:
         """Whether each of `indices` (n,) int64 may start a transition: (n,) bool."""
-        out = torch.empty(len(indices), dtype=torch.bool)
+        out = torch.empty(len(indices), dtype=torch.bool, device=self.device)
         self._ring.drawable(indices, out)
         return out
 
     def draw(self, batch_size: int) -> Tensor:
         """(batch_size,) int64 drawable rows. ValueError if there is none yet."""
-        out = torch.empty(batch_size, dtype=torch.int64)
+        out = torch.empty(batch_size, dtype=torch.int64, device=self.device)
         self._ring.draw(out, self.stratified)
         return out
 
@@ -203,11 +266,16 @@ class FrameReplay:
 
         Like a module's, the tensors are the replay's own memory, so that saving does not double
         it: save, or deep-copy, before the next add. They hold stored rows only.
+
+        Of a replay on a GPU they are copies on the CPU, one for each game, which takes as much
+        memory there as the stored rows (frames on the host are not copied). A state may be loaded
+        on another device than it was saved on.
         """
+        self.check()
         stored = self._ring.stored
 
         def rows(tensor):  # one tensor a game, whose storage is just these rows
-            return [torch.from_numpy(game.numpy()[:stored]) for game in tensor]
+            return [torch.from_numpy(game[:stored].cpu().numpy()) for game in tensor]
 
         state = {name: getattr(self, name) for name in self._fixed()}
         state["frame_shape"] = list(self.frame_shape)
@@ -216,7 +284,9 @@ class FrameReplay:
         state |= {"frames": rows(self._frames), "actions": rows(self._actions)}
         state |= {"rewards": rows(self._rewards), "flags": rows(self._flags)}
         if self._tree is not None:
-            state["leaves"] = rows(self._leaves())
+            firsts = range(0, self.num_envs * self.rows, self.rows)
+            leaves = (self._tree._read_leaves(first, stored) for first in firsts)
+            state["leaves"] = [torch.from_numpy(game.numpy()) for game in leaves]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,46 +295,55 @@ class FrameReplay:
         flags = torch.zeros_like(self._flags)
         for game in range(self.num_envs):
             flags[game, :stored] = state["flags"][game]
-        _cpu.mark_drawable(flags, stored, head, self.stack or 1, self.n_step)
+        n_drawable = _cpu.mark_drawable(flags, stored, head, self.stack or 1, self.n_step)
         if self._tree is not None:
             for game, leaves in enumerate(state["leaves"]):
                 if not torch.equal(leaves != 0, flags[game, :stored] >= 4):
                     raise ValueError("the state is damaged: its priorities do not fit its rows")
-        for name in self._tensors():
-            mine = self._leaves() if name == "leaves" else getattr(self, f"_{name}")
+        self.check()
+        for name in ("frames", "actions", "rewards"):
+            for mine, theirs in zip(getattr(self, f"_{name}"), state[name]):
+                mine[:stored] = theirs
+        self._flags.copy_(flags)
+        if self._tree is not None:
+            leaves = torch.zeros(self.rows, dtype=torch.int32)
             for game in range(self.num_envs):
-                mine[game, :stored] = state[name][game]
-                if name == "leaves":
-                    mine[game, stored:] = 0
+                leaves[:stored] = state["leaves"][game]
+                self._tree._write_leaves(game * self.rows, leaves)
         self._ring.seed = state["seed"]
-        self._ring.restore(stored, head, state["max_leaf"], state["calls"])
+        numbers = (stored, head, state["max_leaf"], state["calls"])
+        self._ring.restore(*numbers, *((n_drawable,) if self._place.is_cuda else ()))
+
+    def check(self) -> None:
+        """Waits for the GPU and raises what went wrong there since the last call that waited.
+
+        On the CPU nothing waits to be told.
+        """
+        if self._place.is_cuda:
+            self._ring.check()
 
     def _empty_batch(self, n: int) -> Batch:
         dtype, frame_shape = self.output_dtype, self.frame_shape
+        empty = partial(torch.empty, device=self.device)
         if self.n_step == 1 and self.memory_format == torch.contiguous_format:
-            block = torch.empty((n, (self.stack or 1) + 1, *frame_shape), dtype=dtype)
+            block = empty((n, (self.stack or 1) + 1, *frame_shape), dtype=dtype)
             if self.stack is None:
                 obs, next_obs = block.select(1, 0), block.select(1, 1)
             else:
                 obs, next_obs = block.narrow(1, 0, self.stack), block.narrow(1, 1, self.stack)
         else:
             shape = (n, *frame_shape) if self.stack is None else (n, self.stack, *frame_shape)
-            obs = torch.empty(shape, dtype=dtype, memory_format=self.memory_format)
-            next_obs = torch.empty(shape, dtype=dtype, memory_format=self.memory_format)
-        actions, indices = torch.empty((2, n), dtype=torch.int64)
-        rewards, discounts, is_weights = torch.empty((3, n), dtype=torch.float32)
+            obs = empty(shape, dtype=dtype, memory_format=self.memory_format)
+            next_obs = empty(shape, dtype=dtype, memory_format=self.memory_format)
+        actions, indices = empty((2, n), dtype=torch.int64)
+        rewards, discounts, is_weights = empty((3, n), dtype=torch.float32)
         return Batch(obs, actions, rewards, next_obs, discounts, indices, is_weights)
 
     def _fill(self, batch: Batch, draw_first: bool) -> None:
         channels_last = self.memory_format == torch.channels_last
         if batch.obs.dtype != self.output_dtype:
             raise TypeError(f"obs must be {self.output_dtype}, not {batch.obs.dtype}")
-        self._ring.gather(
-            batch, draw_first, self.stratified, self.per_beta, self.scale, channels_last
-        )
-
-    def _leaves(self) -> Tensor:
-        return self._tree._leaves[: self.num_envs * self.rows].view(self.num_envs, self.rows)
+        self._ring.gather(batch, draw_first, self.stratified, self.scale, channels_last)
 
     def _fixed(self) -> tuple[str, ...]:
         return ("capacity", "num_envs", "stack", "n_step", "gamma", "prioritized", "per_alpha")

@@ -1,0 +1,413 @@
+"""What only a replay on CUDA has: data that is there already, errors seen late, streams, graphs.
+
+That it draws and builds what the CPU does is tested with the CPU, in test_sum_tree.py and
+test_frame_replay.py. Tests without a mark run on the emulation too; those with `gpu` need a GPU.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CUDA
+from test_frame_replay import Games
+
+fastreplay = pytest.importorskip("fastreplay")
+if not fastreplay.backends():
+    pytest.skip("fastreplay is not compiled", allow_module_level=True)
+
+from fastreplay import FrameReplay, SumTree  # noqa: E402
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(params=CUDA)
+def device(request):
+    """Where tensors of a replay with device="cuda" lie."""
+    if request.param == "cuda-emulated":
+        request.getfixturevalue("emulation")
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def equal(first, second):
+    """Bit for bit, wherever they lie."""
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
+
+
+def equal_states(first, second):
+    def same(a, b):
+        if isinstance(a, list) and a and torch.is_tensor(a[0]):
+            return equal(a, b)
+        return a == b
+
+    return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+
+
+def tensors(row, device):
+    return [torch.as_tensor(column).to(device) for column in row]
+
+
+def pair(capacity=600, frame_shape=(2, 2), steps=50, num_envs=2, seed=0, **options):
+    """A replay on the CPU and one on CUDA that were told the same."""
+    replays = [
+        FrameReplay(capacity, frame_shape, num_envs, device=where, **options)
+        for where in ("cpu", "cuda")
+    ]
+    games, rng = Games(num_envs, np.random.default_rng(seed)), np.random.default_rng(seed)
+    for _ in range(steps):
+        _, *rest = games.step()
+        frames = rng.integers(0, 256, (num_envs, *frame_shape), dtype=np.uint8)
+        for replay in replays:
+            replay.add(frames, *rest)
+    return replays
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prioritized": True, "n_step": 3},
+        {"prioritized": True, "stratified": False, "num_envs": 5, "output_dtype": torch.float16},
+        {"prioritized": True, "capacity": 50, "n_step": 40, "stack": 8, "num_envs": 1},
+        {"capacity": 10, "stack": 8, "n_step": 2},
+    ],
+)
+def test_tensors_on_the_device_go_straight_in(device, options):
+    cpu, cuda = pair(steps=0, **({"capacity": 60} | options))
+    games, rng = Games(cpu.num_envs, np.random.default_rng(1)), np.random.default_rng(1)
+    for step in range(150):
+        row = games.step()
+        frames, actions, rewards, terminations, starts = tensors(row, device)
+        apart = torch.stack([frames, frames + 1], dim=1)  # frames of a larger observation
+        kind = step % 3
+        if kind == 1:
+            actions, rewards = actions.int(), rewards.double()
+        if kind == 2:  # some here, some there
+            actions, terminations = row[1], row[3]
+        cuda.add(apart[:, 0], actions, rewards, terminations, starts)
+        cpu.add(*row)
+        if step % 10 == 9 and cpu._ring.n_drawable:
+            first, second = cpu.sample(16), cuda.sample(16)
+            assert equal(first, second)
+            if cpu.prioritized:  # with duplicates, and rows that are not drawable
+                indices = rng.integers(0, cpu.rows * cpu.num_envs, 300)
+                td_errors = rng.normal(size=300).astype(np.float32)
+                cpu.update_priorities(indices, td_errors)
+                cuda.update_priorities(*tensors((indices, td_errors), device))
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    if cuda._tree is not None:
+        cuda._tree.check_valid()
+
+
+@pytest.mark.parametrize("n", [1, 31, 257, 5000])
+def test_the_last_duplicate_wins_in_any_order(device, n):
+    rng = np.random.default_rng(n)
+    cpu, cuda, twin = (SumTree(1000, 0.6, device=where) for where in ("cpu", "cuda", "cuda"))
+    for _ in range(3):
+        indices, priorities = rng.integers(0, 7, n) * 100, rng.random(n)
+        cpu.set(indices, priorities)
+        cuda.set(*tensors((indices, priorities), device))
+        twin.set(indices, priorities)  # through the staging, in pieces if it is large
+        assert equal([cpu.state_dict()["leaves"]], [cuda.state_dict()["leaves"]])
+        assert equal([cpu.state_dict()["leaves"]], [twin.state_dict()["leaves"]])
+    cuda.check_valid()
+    assert cpu.total() == cuda.total()
+    assert equal([cpu.sample(100)], [cuda.sample(100)])
+
+
+LATE = [
+    (lambda r, d: r.update_priorities(*tensors(([0, 1], [1.0, float("nan")]), d)), "finite"),
+    (lambda r, d: r.update_priorities(*tensors(([0, 10**9], [1.0, 1.0]), d)), "1000000000 is out"),
+    (lambda r, d: r.update_priorities(*tensors(([0, -1], [1.0, 1.0]), d)), "-1 is out of range"),
+    (lambda r, d: r.gather(torch.tensor([0, 99], device=d)), "row 99 is not drawable"),
+    (lambda r, d: r.gather(torch.tensor([0, 10**9], device=d)), "out of range"),
+    (lambda r, d: r.drawable(torch.tensor([-5], device=d)), "-5 is out of range"),
+]
+
+
+@pytest.mark.parametrize("call, words", LATE)
+def test_an_error_seen_by_the_device_waits_for_check_and_changes_nothing(device, call, words):
+    cpu, cuda = pair(400, steps=40, prioritized=True)
+    call(cuda, device)
+    with pytest.raises((ValueError, IndexError), match=words):
+        cuda.check()
+    cuda.check()  # told once
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    assert equal(cpu.sample(32), cuda.sample(32))
+
+
+def test_a_sample_that_cannot_be_made_is_zeros(device):
+    _, cuda = pair(400, steps=40, prioritized=True)
+    good = cuda.draw(1)
+    batch = cuda.gather(torch.cat([good, torch.tensor([10**9, 399], device=device)]))
+    with pytest.raises((ValueError, IndexError)):
+        cuda.check()
+    for name in ("obs", "actions", "rewards", "next_obs", "discounts", "is_weights"):
+        assert not getattr(batch, name)[1:].any(), name
+    assert batch.obs[0].any() and batch.is_weights[0] == 1
+
+
+def test_an_action_that_does_not_fit_is_told(device):
+    _, cuda = pair(40, steps=3)
+    row = Games(2, np.random.default_rng(0)).step()
+    cuda.add(*tensors((row[0], np.array([3, 2**40]), *row[2:]), device))
+    with pytest.raises(ValueError, match="32 bits"):
+        cuda.check()
+    assert len(cuda) == 8
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_states_move_between_devices(device, prioritized):
+    cpu, cuda = pair(60, steps=45, prioritized=prioritized, n_step=2)
+    cpu.sample(5), cuda.sample(5)
+    for source, where in ((cuda, "cpu"), (cpu, "cuda")):
+        other = FrameReplay(60, (2, 2), 2, prioritized=prioritized, n_step=2, seed=9, device=where)
+        other.load_state_dict(source.state_dict())
+        assert equal_states(source.state_dict(), other.state_dict())
+        assert equal(source.sample(20), other.sample(20))
+    tree = SumTree(100, device="cuda")
+    tree.set(np.arange(100), np.arange(100.0))
+    tree.sample(3)
+    other = SumTree(100)
+    other.load_state_dict(tree.state_dict())
+    assert equal([tree.sample(50)], [other.sample(50)])
+
+
+def test_beta_is_that_of_the_moment(device):
+    cpu, cuda = pair(60, steps=45, prioritized=True)
+    for replay in (cpu, cuda):
+        replay.update_priorities(np.arange(20), np.arange(20.0))
+    for beta in (0.0, 1.0, 0.5):
+        cpu.per_beta = cuda.per_beta = beta
+        assert cuda.per_beta == beta
+        assert equal(cpu.sample(32), cuda.sample(32))
+    with pytest.raises(ValueError, match="beta"):
+        cuda.per_beta = -1.0
+
+
+@pytest.mark.parametrize("storage", ["host", "device", "auto"])
+def test_where_frames_lie(device, storage, monkeypatch):
+    cpu, cuda = pair(100, (84, 84), steps=60, storage=storage)
+    assert cuda.storage == ("device" if storage == "auto" else storage)
+    assert cuda._frames.device == (torch.device("cpu") if storage == "host" else device)
+    assert f"frames on the {cuda.storage}" in repr(cuda)
+    assert equal(cpu.sample(20), cuda.sample(20))
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    monkeypatch.setattr(cuda._place.module, "free_memory", lambda index: 100 * 7056)
+    assert FrameReplay(100, (84, 84), device="cuda").storage == "host"
+
+
+def test_results_and_memory_lie_on_the_device(device):
+    _, cuda = pair(60, steps=45, prioritized=True)
+    assert cuda.device.type == device.type
+    assert all(tensor.device == device for tensor in cuda.sample(4))
+    assert cuda.draw(4).device == cuda.drawable(np.arange(4)).device == device
+    tree = SumTree(10, device="cuda")
+    tree.set(np.arange(10), np.ones(10))
+    assert tree.device.type == device.type and isinstance(tree, SumTree)
+    for result in (tree.sample(3), tree.get(np.arange(3)), tree.find(np.arange(3))):
+        assert result.device == device
+
+
+def test_without_a_gpu_there_is_one_clear_error():
+    code = """if True:
+        import fastreplay
+        for make in (lambda: fastreplay.SumTree(9, device="cuda"),
+                     lambda: fastreplay.FrameReplay(9, (2,), stack=None, device="cuda:7")):
+            try:
+                make()
+            except RuntimeError as e:
+                print(e)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2 and not result.stderr, result
+    built = "cuda" in fastreplay.backends()
+    assert all(("GPU" if built else "built without CUDA") in line for line in lines)
+    with pytest.raises(ValueError, match="cpu or cuda"):
+        SumTree(9, device="meta")
+    with pytest.raises(ValueError, match="storage"):
+        FrameReplay(9, (2, 2), storage="disk")
+
+
+# ------------------------------------------------------------------------------------ GPU only
+
+
+def slowly():
+    """Keeps the current stream busy for some tens of milliseconds."""
+    torch.cuda._sleep(50_000_000)
+
+
+def captured(work):
+    """A graph of work(), which is run once before, as torch asks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_a_replayed_graph_draws_anew_and_equals_eager(prioritized):
+    cpu, cuda = pair(600, (84, 84), steps=200, prioritized=prioritized)
+    out, errors = cuda._empty_batch(32), torch.zeros(32, device="cuda")
+
+    def learn():
+        cuda.sample(32, out=out)
+        if prioritized:
+            errors.copy_(out.rewards.abs() + 0.5)
+            cuda.update_priorities(out.indices, errors)
+
+    def learn_on_the_cpu():
+        batch = cpu.sample(32)
+        if prioritized:
+            cpu.update_priorities(batch.indices, batch.rewards.abs() + 0.5)
+        return batch
+
+    graph = captured(learn)
+    learn_on_the_cpu()  # the run before the capture
+    seen = set()
+    for step in range(10):
+        cpu.per_beta = cuda.per_beta = step / 10
+        graph.replay()
+        assert equal(learn_on_the_cpu(), out)
+        seen.add(tuple(out.indices.tolist()))
+    assert len(seen) == 10
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_a_captured_add_moves_the_write_head():
+    cpu, cuda = pair(40, steps=0, prioritized=True)
+    games = Games(2, np.random.default_rng(0))
+    row = [torch.zeros_like(t, device="cuda") for t in tensors(games.step(), "cpu")]
+    graph = captured(lambda: cuda.add(*row))
+    cpu.add(*(column.cpu() for column in row))
+    for _ in range(60):
+        step = games.step()
+        for column, new in zip(row, step):
+            column.copy_(torch.as_tensor(new))
+        graph.replay()
+        cpu.add(*step)
+        assert len(cuda) == len(cpu)
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    with pytest.raises(RuntimeError, match="graph"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            cuda.add(*games.step())
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_nothing_allocates_or_waits():
+    _, cuda = pair(600, (84, 84), steps=50, prioritized=True)
+    out, errors = cuda._empty_batch(256), torch.rand(256, device="cuda")
+    row = Games(2, np.random.default_rng(0)).step()
+    row = (np.zeros((2, 84, 84), np.uint8), *row[1:])
+    cuda.add(*row)
+    cuda.sample(256, out=out)
+    cuda.update_priorities(out.indices, errors)  # kernels are loaded when they are first used
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    slowly()
+    busy = torch.cuda.Event()
+    busy.record()
+    for _ in range(3):
+        cuda.add(*row)
+        cuda.sample(256, out=out)
+        cuda.update_priorities(out.indices, errors)
+        assert len(cuda) > 0
+    assert not busy.query(), "a call waited for the GPU"
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_streams_used_in_any_order():
+    """Each operation is held up on its own stream; the next, elsewhere, still sees what it did."""
+    cpu, cuda = pair(60, (84, 84), steps=20, prioritized=True)
+    streams = [torch.cuda.Stream() for _ in range(3)] + [torch.cuda.default_stream()]
+    torch.cuda.synchronize()
+    games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
+    for step in range(40):
+        row = games.step()
+        row = (rng.integers(0, 256, (2, 84, 84), dtype=np.uint8), *row[1:])
+        with torch.cuda.stream(streams[rng.integers(4)]):
+            slowly()
+            cuda.add(*(row if step % 2 else tensors(row, "cuda")))
+        cpu.add(*row)
+        expected = cpu.sample(32)
+        with torch.cuda.stream(streams[rng.integers(4)]):
+            if step % 3 == 0:
+                slowly()
+            batch = cuda.sample(32)
+            errors = batch.rewards.abs() + 0.1
+            cuda.update_priorities(batch.indices, errors)
+            assert equal(expected, batch)
+        cpu.update_priorities(expected.indices, expected.rewards.abs() + 0.1)
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_many_adds_behind_a_slow_learner_overwrite_no_slot():
+    cpu, cuda = pair(200, (84, 84), steps=20)
+    games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
+    slowly()
+    for _ in range(30):
+        row = (rng.integers(0, 256, (2, 84, 84), dtype=np.uint8), *games.step()[1:])
+        cuda.add(*row)
+        cpu.add(*row)
+        row[0][:] = 0  # the caller's memory is its own again
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_runs_are_bitwise_alike():
+    def run():
+        _, cuda = pair(600, (84, 84), steps=100, prioritized=True)
+        rng = np.random.default_rng(3)
+        for _ in range(20):
+            batch = cuda.sample(512)
+            errors = torch.from_numpy(rng.random(512)).cuda()
+            cuda.update_priorities(batch.indices, errors)  # many duplicates
+        return cuda.state_dict(), batch
+
+    (state, batch), (other_state, other_batch) = run(), run()
+    assert equal_states(state, other_state) and equal(batch, other_batch)
+
+
+@pytest.mark.gpu
+@one_gpu
+def test_several_gpus_in_one_process():
+    replays = [FrameReplay(60, (2, 2), 2, device=f"cuda:{i}") for i in range(2)]
+    cpu = FrameReplay(60, (2, 2), 2)
+    games = Games(2, np.random.default_rng(0))
+    for _ in range(50):
+        row = games.step()
+        for replay in (cpu, *replays):
+            replay.add(*row)
+    expected = cpu.sample(32)
+    for i, replay in enumerate(replays):
+        batch = replay.sample(32)
+        assert batch.obs.device == torch.device("cuda", i) and equal(expected, batch)
+    with pytest.raises(ValueError, match="cuda:0"):
+        replays[0].gather(torch.tensor([1], device="cuda:1"))
+    assert torch.cuda.current_device() == 0
