@@ -394,6 +394,7 @@ class Dopamine(Peer):
 
 class Tree(Peer):
     kind = "tree"
+    find = None  # or a call: the leaves under the targets that targets(n) makes
 
     def prepare(self, indices, priorities):
         return indices, priorities
@@ -406,8 +407,10 @@ class FastTree(Tree):
         from fastreplay import SumTree
 
         self.tree = SumTree(size)
-        self.sample = self.tree.sample
-        self.update = self.tree.set
+        self.sample, self.find, self.update = self.tree.sample, self.tree.find, self.tree.set
+
+    def targets(self, n):
+        return torch.from_numpy(RNG.integers(0, self.tree.total(), n))
 
     def prepare(self, indices, priorities):
         return torch.from_numpy(indices), torch.from_numpy(priorities)
@@ -437,15 +440,16 @@ class TorchRLTree(Tree):
         from torchrl._torchrl import SumSegmentTreeFp32
 
         self.tree, self.size = SumSegmentTreeFp32(size), size
+        self.find, self.update = self.tree.scan_lower_bound, self.tree.update
 
     def prepare(self, indices, priorities):
         return torch.from_numpy(indices), torch.from_numpy(priorities)
 
-    def sample(self, n):
-        return self.tree.scan_lower_bound(torch.rand(n) * self.tree.query(0, self.size))
+    def targets(self, n):
+        return torch.rand(n) * self.tree.query(0, self.size)
 
-    def update(self, indices, priorities):
-        self.tree[indices] = priorities
+    def sample(self, n):
+        return self.tree.scan_lower_bound(self.targets(n))
 
 
 class TianshouTree(Tree):
@@ -455,9 +459,13 @@ class TianshouTree(Tree):
         from tianshou.data import SegmentTree
 
         self.tree = SegmentTree(size)
+        self.find = self.tree.get_prefix_sum_idx
+
+    def targets(self, n):
+        return RNG.random(n) * self.tree.reduce()
 
     def sample(self, n):
-        return self.tree.get_prefix_sum_idx(RNG.random(n) * self.tree.reduce())
+        return self.tree.get_prefix_sum_idx(self.targets(n))
 
     def update(self, indices, priorities):
         self.tree[indices] = priorities

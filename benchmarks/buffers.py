@@ -13,7 +13,10 @@ Measured, for 84x84 frames, stacks of 4, --capacity transitions:
     bytes     growth of the process while it fills for the first time, a transition
     sample    (obs, next_obs) as torch tensors, microseconds
     update    new priorities for the rows just drawn, different ones each time
-and for trees of 2^20 leaves, on one thread: sample and update of 32, 256 and 4096.
+and for trees of 2^20 leaves, on one thread: 32, 256 and 4096 times
+    sample    with the drawing of random numbers
+    find      the leaves under targets that are given
+    update    new priorities
 """
 
 import argparse
@@ -188,6 +191,14 @@ def measure_tree(peer, args):
         ]
         index = iter(range(10**9))
         result[f"sample {n}"] = mean_of_many(lambda n=n: tree.sample(n), args, calls)
+        if tree.find:
+            targets = [tree.targets(n) for _ in range(calls)]
+            index = iter(range(10**9))
+            result[f"find {n}"] = mean_of_many(
+                lambda targets=targets, index=index: tree.find(targets[next(index) % len(targets)]),
+                args,
+                calls,
+            )
         result[f"update {n}"] = mean_of_many(
             lambda changes=changes, index=index: tree.update(*changes[next(index) % len(changes)]),
             args,
@@ -330,14 +341,14 @@ def table(rows):
                 cells = [cell(result, f"{what} {key}") for what in ("copy", "sample")]
                 lines += [f"| {key} | {cells[0]} | {cells[1]} | {ratio:.2f} |"]
     lines += ["", "## Sum-trees, 2^20 leaves, one thread", ""]
-    columns = [f"{what} {n}" for what in ("sample", "update") for n in TREE_SIZES]
-    lines += ["| tree | version | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 6]
+    columns = [f"{what} {n}" for what in ("sample", "find", "update") for n in TREE_SIZES]
+    lines += ["| tree | version | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 9]
     for name, row in rows.items():
         peer = PEERS.get(name)
         if peer is None or peer.kind != "tree":
             continue
         if "error" in row:
-            lines += [f"| {peer.title} | {row['error']} |" + " |" * 6]
+            lines += [f"| {peer.title} | {row['error']} |" + " |" * 9]
         else:
             cells = [cell(row["result"], key) for key in columns]
             lines += [f"| {peer.title} | {row['version']} | {' | '.join(cells)} |"]

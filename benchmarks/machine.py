@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ PACKAGES = "torch numpy gymnasium ale-py stable-baselines3 opencv-python-headles
 def describe() -> dict:
     """Processor, memory, versions, commit and the command that is running."""
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
-    info = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *words])}
+    info = {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *words])}
     info["python"] = platform.python_version()
     info["system"] = platform.system()
     info["cores"] = os.cpu_count()

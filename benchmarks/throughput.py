@@ -231,14 +231,15 @@ def main():
         table.append(row)
     table += ["", f"Drift (64 MiB memcpy, ms): {min(drift):.1f} to {max(drift):.1f}"]
     table += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}"]
+    commit = None
+    if args.cleanrl:
+        git = ["git", "-C", args.cleanrl, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        table += [f"CleanRL: commit {commit}"]
     print("\n".join(table))
     if args.record:
         from machine import write_record
 
-        commit = None
-        if args.cleanrl:
-            git = ["git", "-C", args.cleanrl, "rev-parse", "--short", "HEAD"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         results = {"cleanrl_commit": commit}
         results |= {"steps_per_second": rates, "drift_ms": drift, "task": TASKS[args.task]}
         write_record(args.record, results, "\n".join(table))
