@@ -296,7 +296,7 @@ class Pfrl(Peer):
 
 class Flashbax(Peer):
     title, package, requires = "Flashbax, prioritized", "flashbax", ("flashbax==0.1.3",)
-    prioritized, num_envs = True, 8
+    prioritized, num_envs, device = True, 8, "cpu"
 
     def __init__(self, capacity):
         import flashbax
@@ -311,7 +311,7 @@ class Flashbax(Peer):
             add_sequences=False,
             add_batch_size=self.num_envs,
             priority_exponent=0.6,
-            device="cpu",
+            device=self.device,
         )
         buffer = self.make(32)
         zero = {"obs": jnp.zeros((4, 84, 84), jnp.uint8), "action": jnp.zeros((), jnp.int32)}

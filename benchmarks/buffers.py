@@ -6,7 +6,7 @@ Each peer runs in a process and a virtual environment of its own, which this com
 and NumPy are taken from the environment that runs it). A peer that does not install is a row that
 says so. Every process also times a memcpy, before and after: its change is the drift. The limit, a
 plain copy of the bytes that must move, is a row too. Written into the record: results.json (all
-times, to four digits), README.md (the table), and the figures.
+times, to three digits), README.md (the table), and the figures.
 
 Measured, for 84x84 frames, stacks of 4, --capacity transitions:
     add       transitions a second while the buffer fills for the second time
@@ -368,12 +368,12 @@ def table(rows):
 
 
 def rounded(value):
-    """Times to four significant digits: a record is read by people."""
+    """Times to three significant digits: a record is read by people."""
     if isinstance(value, dict):
         return {key: rounded(x) for key, x in value.items()}
     if isinstance(value, list):
         return [rounded(x) for x in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def figures(rows, record):

@@ -1,17 +1,20 @@
 """The GPU half of benchmarks/buffers.py: `python benchmarks/buffers.py --device cuda`.
 
 Frames and priorities on the GPU, 84x84, stacks of 4, prioritized, --capacity transitions, beside
-TorchRL's buffer on the GPU, plain torch indexing of whole stacks, and cumsum + searchsorted. The
-limits are a copy on the device, a copy over the bus, and a CUDA graph of empty kernels.
+TorchRL's and Flashbax's buffers on the GPU, where they are installed, plain torch indexing of whole
+stacks, and cumsum + searchsorted. The limits are a copy on the device, a copy over the bus, and a
+CUDA graph of empty kernels.
 
 A time is that of many calls in a row that end with one synchronisation, divided by their number:
 what a training loop pays that does not wait for each. `captured` is the same as one CUDA graph.
 """
 
+import os
 import time
 
 import numpy as np
 import torch
+from buffer_peers import Flashbax, Stream
 
 FRAME_BYTES = 84 * 84
 STACK = 4
@@ -164,6 +167,29 @@ def measure_torchrl(args):
     return result
 
 
+def measure_flashbax(args):
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch wants memory too
+    import jax
+
+    if not any(device.platform == "gpu" for device in jax.devices()):
+        raise RuntimeError("jax sees no GPU")
+
+    class OnGpu(Flashbax):
+        device = "gpu"
+
+    buffer, stream = OnGpu(args.capacity), Stream(NUM_ENVS)
+    for _ in range(args.capacity // NUM_ENVS):
+        buffer.add(stream.step())
+    errors = np.random.default_rng(0).random(max(SIZES)).astype(np.float32)
+    result = {}
+    for n in SIZES:
+        result[f"sample {n}"] = blocks_of(lambda n=n: buffer.sample(n), args)
+        result[f"cycle {n}"] = blocks_of(
+            lambda n=n: buffer.update(buffer.sample(n), errors[:n]), args
+        )
+    return result
+
+
 def measure_indexing(args):
     """Uniform draws of whole stacks that lie on the GPU, as a tensor is indexed."""
     obs = torch.zeros((args.capacity, STACK, 84, 84), dtype=torch.uint8, device="cuda")
@@ -230,6 +256,7 @@ SIDES = {
     "gather": measure_gather,
     "graph of two empty kernels": measure_empty_graph,
     "TorchRL, on the GPU": measure_torchrl,
+    "Flashbax, on the GPU": measure_flashbax,
     "torch indexing": measure_indexing,
     "trees": measure_trees,
 }

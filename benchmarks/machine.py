@@ -45,7 +45,7 @@ def write_record(folder: str | Path, results: dict, table: str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe()
-    text = json.dumps({"machine": machine, **results}, indent=1)
+    text = json.dumps({"machine": machine, **results}, separators=(",", ":"))
     (folder / "results.json").write_text(text + "\n")
     lines = [f"- {key}: {value}" for key, value in machine.items()]
     (folder / "README.md").write_text(table + "\n\n" + "\n".join(lines) + "\n")

@@ -21,7 +21,11 @@ def test_cartpole_is_solved(cartpole, in_tmp, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_run_on_the_gpu(script, in_tmp, monkeypatch):
-    main_in_process(script, small(script.__name__) | {"device": "cuda"}, monkeypatch)
+@pytest.mark.parametrize("buffer", ["cuda", "numpy"])
+def test_a_run_on_the_gpu(script, buffer, in_tmp, monkeypatch):
+    options = small(script.__name__) | {"device": "cuda", "buffer": buffer}
+    if buffer not in script.built_buffers(script.Args(device="cuda")):
+        pytest.skip("fastreplay was built without CUDA")
+    main_in_process(script, options, monkeypatch)
     state = script.load_checkpoint(str(next(in_tmp.glob("runs/*/checkpoint.pt"))))
     assert all(v.isfinite().all() for v in state["q_network"].values())
