@@ -94,7 +94,8 @@ void ThreadPool::run(int64_t n, const std::function<void(int64_t)>& work) {
       std::lock_guard<std::mutex> lock(mutex_);
       work_ = nullptr;  // whoever wakes only now finds nothing to do
     }
-    while (busy_.load(std::memory_order_acquire) != 0) pause();  // each has one call left at most
+    while (busy_.load(std::memory_order_relaxed) != 0) pause();  // each has one call left at most
+    const std::lock_guard<std::mutex> lock(mutex_);              // after the last of them
   } else {
     for (int64_t i = 0; i < n; ++i) work(i);
   }
@@ -117,7 +118,8 @@ void ThreadPool::serve() {
     busy_.fetch_add(1, std::memory_order_relaxed);
     lock.unlock();
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
-    busy_.fetch_sub(1, std::memory_order_release);
+    lock.lock();
+    busy_.fetch_sub(1, std::memory_order_relaxed);
   }
 }
 
