@@ -358,7 +358,8 @@ class QNetwork(nn.Module):
         else:  # the same sums as a 7x7 convolution, which a CPU runs up to twice as fast
             weight = self.hidden.weight.view(512, 7, 7, 64).permute(0, 3, 1, 2)
             x = F.conv2d(x, weight, self.hidden.bias).flatten(1)
-        return self.head(F.relu(x))
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for an argmax
+            return self.head(F.relu(x).to(self.head.weight.dtype))
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):

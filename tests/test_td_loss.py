@@ -133,6 +133,18 @@ def test_the_hidden_layer_is_dense_in_every_form(atari):
         torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_values_are_not_rounded_to_bfloat16(atari):
+    """Actions differ in value by less than bfloat16 can tell apart near 1."""
+    torch.manual_seed(1)
+    q_network = atari.QNetwork(N_ACTIONS)
+    with torch.no_grad():
+        q_network.head.weight.mul_(1e-2)
+        q_network.head.bias.copy_(1 + torch.arange(N_ACTIONS) * 1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        q_values = q_network(torch.zeros(1, 4, 84, 84, dtype=torch.uint8))
+    assert q_values.dtype == torch.float32 and len(q_values.unique()) == N_ACTIONS
+
+
 def test_epsilon(script):
     args = script.Args(total_timesteps=1000, exploration_fraction=0.1, start_e=1.0, end_e=0.1)
     values = [script.epsilon_at(step, args) for step in (0, 50, 100, 500, 1000)]
