@@ -120,20 +120,28 @@ FR_TARGET static uint64_t set_block(const TreeLayout& layout, uint64_t* inner, u
       __builtin_prefetch(entries + kFanOut / 2, 1);
     }
   }
-  uint64_t change = 0;
   for (int i = 0; i < n; ++i) {
     uint32_t* leaf = leaves + indices[i];
     delta[i] = static_cast<uint64_t>(values[i]) - *leaf;
     *leaf = values[i];
-    change += delta[i];
   }
-  for (int level = 0; level < layout.levels; ++level) {
+  const int root = layout.levels - 1;
+  for (int level = 0; level < root; ++level) {
     uint64_t* nodes = inner + layout.level_offset[level];
     for (int i = 0; i < n; ++i) {
       const int64_t entry = indices[i] >> (level + 1) * kFanOutBits;
       add_after(nodes + (entry & ~int64_t{kFanOut - 1}), static_cast<int>(entry & (kFanOut - 1)),
                 delta[i]);
     }
+  }
+  // All differences meet in the root, one waiting for the other: so they are added up first.
+  uint64_t sums[kFanOut] = {};
+  for (int i = 0; i < n; ++i) sums[indices[i] >> (root + 1) * kFanOutBits] += delta[i];
+  uint64_t* entries = inner + layout.level_offset[root];
+  uint64_t change = 0;
+  for (int child = 0; child < kFanOut; ++child) {
+    entries[child] += change;
+    change += sums[child];
   }
   return change;
 }
