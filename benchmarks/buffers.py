@@ -390,25 +390,28 @@ def figures(rows, record):
         for name, row in rows.items()
         if "result" in row and name in PEERS and PEERS[name].kind == "frames"
     }
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, row in frames.items():
-        medians = [microseconds(row["result"][f"sample {n}"])[0] for n in SAMPLE_SIZES]
-        style = "-" if PEERS[name].own else "--"
-        axes.loglog(SAMPLE_SIZES, medians, style, marker=".", label=PEERS[name].title)
-    if "result" in rows.get("limit", {}):
-        copies = rows["limit"]["result"]
-        limit = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in SAMPLE_SIZES]
-        axes.loglog(SAMPLE_SIZES, limit, "k:", label="limit: plain copy, 2 threads")
-    axes.set(xlabel="batch", ylabel="microseconds", title="sample (obs, next_obs), 84x84, stack 4")
-    axes.legend(fontsize="small")
-    figure.savefig(record / "latency.png", dpi=120)
+    if frames:
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        for name, row in frames.items():
+            medians = [microseconds(row["result"][f"sample {n}"])[0] for n in SAMPLE_SIZES]
+            style = "-" if PEERS[name].own else "--"
+            axes.loglog(SAMPLE_SIZES, medians, style, marker=".", label=PEERS[name].title)
+        if "result" in rows.get("limit", {}):
+            copies = rows["limit"]["result"]
+            limit = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in SAMPLE_SIZES]
+            axes.loglog(SAMPLE_SIZES, limit, "k:", label="limit: plain copy, 2 threads")
+        axes.set(
+            xlabel="batch", ylabel="microseconds", title="sample (obs, next_obs), 84x84, stack 4"
+        )
+        axes.legend(fontsize="small")
+        figure.savefig(record / "latency.png", dpi=120)
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    sized = {PEERS[name].title: row["result"].get("bytes", 0) for name, row in frames.items()}
-    axes.barh(list(sized), list(sized.values()))
-    axes.axvline(FRAME_BYTES, color="k", linestyle=":")
-    axes.set(xlabel="bytes a transition (dotted: one frame)", xscale="log")
-    figure.savefig(record / "memory.png", dpi=120)
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        sized = {PEERS[name].title: row["result"].get("bytes", 0) for name, row in frames.items()}
+        axes.barh(list(sized), list(sized.values()))
+        axes.axvline(FRAME_BYTES, color="k", linestyle=":")
+        axes.set(xlabel="bytes a transition (dotted: one frame)", xscale="log")
+        figure.savefig(record / "memory.png", dpi=120)
 
     if "result" in rows.get("capacities", {}):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
