@@ -16,14 +16,6 @@
 
 namespace fastreplay {
 
-// The same on the OpenMP threads that torch computes with, which are awake while it does: threads
-// beside them would fight them for the cores. Returns false, having done nothing, where torch has
-// no GNU OpenMP and in the child of a fork(), where its threads are gone.
-bool run_on_openmp(int64_t n, const std::function<void(int64_t)>& work);
-
-// How many threads that would use: torch.get_num_threads(); 0 where it returns false.
-int openmp_threads();
-
 class ThreadPool {
  public:
   // `threads` counts the caller.
@@ -48,5 +40,13 @@ class ThreadPool {
   int64_t n_ = 0;
   std::vector<std::thread> threads_;
 };
+
+// What ThreadPool::run does, on the OpenMP threads that torch computes with, which are awake while
+// it does: threads beside them would fight them for the cores. Returns false, having done nothing,
+// where torch has no GNU OpenMP and in the child of a fork(), where its threads are gone.
+bool run_on_openmp(int64_t n, const std::function<void(int64_t)>& work);
+
+// How many threads that would use: torch.get_num_threads(); 0 where it returns false.
+int openmp_threads();
 
 }  // namespace fastreplay
