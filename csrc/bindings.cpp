@@ -100,6 +100,8 @@ PYBIND11_MODULE(_cpu, m) {
           uint8_t* all = reinterpret_cast<uint8_t*>(v.data);
           return mark_drawable(all, v.shape[0], v.shape[1], stored, head, stack, n_step);
         });
+  // Looks for torch's OpenMP now, so that a child of fork() does not take it for its own.
+  (void)fastreplay::openmp_threads();
   m.def("openmp_threads", &fastreplay::openmp_threads);
   m.def("instruction_set", &instruction_set_name);
   m.def("use_instruction_set", &use_instruction_set_name);

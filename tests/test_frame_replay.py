@@ -8,6 +8,7 @@ import importlib.util
 import io
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -426,6 +427,19 @@ def test_a_child_process_samples_on(make_cpp, threads):
     expected = twin.sample(64).indices.numpy()
     np.testing.assert_array_equal(np.frombuffer(os.read(reader, 1 << 16), np.int64), expected)
     assert all(map(torch.equal, replay.sample(64)[:1], [replay.gather(expected).obs]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_process_has_a_replay_of_its_own(make_cpp):
+    """Torch's OpenMP threads stay in the parent: a child that waited for them would hang."""
+    torch.ones(10**7).sum()  # starts them
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        filled(make_cpp, 200, frame_shape=(84, 84)).sample(64)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_add_takes_tensors_and_strided_frames(make_fast):
