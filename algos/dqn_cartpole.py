@@ -382,7 +382,7 @@ def parse_args() -> tuple[Args, dict]:
 def built_buffers(args: Args) -> list[str]:
     """The kinds of replay that this run can have, the best last."""
     kinds = ["numpy", *(fastreplay.backends() if fastreplay else ())]
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    on_gpu = args.device != "cpu" and "cuda" in kinds and not fastreplay.cuda_problem()
     return [kind for kind in kinds if kind != "cuda" or on_gpu]
 
 

@@ -200,7 +200,9 @@ TensorView view_anywhere(py::handle object, const char* name) {
   const Torch& torch = torch_module();
   v.is_tensor = torch.tensor_type != nullptr && PyObject_TypeCheck(object.ptr(), torch.tensor_type);
   if (v.is_tensor) {
-    const bool exchanged = torch.exchange != nullptr && from_exchange(*torch.exchange, object, v);
+    const bool plain = Py_TYPE(object.ptr()) == torch.tensor_type;  // a subclass may wrap another
+    const bool exchanged =
+        plain && torch.exchange != nullptr && from_exchange(*torch.exchange, object, v);
     if (!exchanged) from_attributes(object, name, v);
   } else {
     from_buffer(object, name, v);

@@ -38,7 +38,7 @@ CUDA = [
 
 @pytest.fixture
 def emulation(monkeypatch):
-    """device="cuda" means the emulation."""
+    """device="cuda" means the emulation, to fastreplay and to torch."""
     from fastreplay import _device
 
     try:
@@ -46,6 +46,8 @@ def emulation(monkeypatch):
     except (ImportError, RuntimeError) as e:
         pytest.skip(str(e))
     monkeypatch.setattr(_device, "emulation", module)
+    with emulated.EmulatedDevice():
+        yield emulated.cuda()
 
 
 def on_cuda(request, backend, cls):

@@ -4,6 +4,8 @@ python tests/emulated.py FOLDER    compiles csrc/cuda for the CPU (tests/cuda_em
                                    with the flags in CFLAGS and LDFLAGS, and prints where
 """
 
+import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -12,7 +14,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import weakref
 from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu")) + sorted(ROOT.glob("csrc/cuda/*.cpp"))
@@ -52,14 +59,163 @@ def build(folder):
     return module
 
 
+class Cuda:
+    """The emulated GPU: its streams and graphs, and what torch does on it."""
+
+    def __init__(self, module):
+        self.library = library = ctypes.CDLL(module)
+        for name in ("emulation_stream", "emulation_capture"):
+            getattr(library, name).restype = ctypes.c_void_p
+        library.emulation_waits.restype = ctypes.c_int64
+        self.current = None  # the stream; None is the default one
+        self.capturing = False
+        self.tensors = 0  # made so far
+        self.dead = []  # memory of tensors that are gone, which late work may still use
+
+    def stream(self):
+        return self.library.emulation_stream()
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def call(self, name, *args):
+        return getattr(self.library, f"emulation_{name}")(ctypes.c_void_p(self.current), *args)
+
+    def slowly(self):
+        """What comes next on the current stream is done when somebody waits for it."""
+        self.call("slow", 1)
+
+    def synchronize(self):
+        """Waits for the current stream."""
+        self.call("drain")
+        if self.library.emulation_is_idle():
+            self.dead.clear()
+
+    def captured(self, work):
+        """A graph of fastreplay's calls in work(), which is run once before: a function that
+        launches it."""
+        work()
+        graph = ctypes.c_void_p(self.call("capture"))
+        self.capturing = True
+        try:
+            work()
+        finally:
+            self.call("end_capture")
+            self.capturing = False
+
+        def launch():
+            self.library.emulation_replay(graph, ctypes.c_void_p(self.current))
+
+        weakref.finalize(launch, self.library.emulation_free, graph)
+        return launch
+
+    def count(self):
+        """What must not change while nothing waits or allocates."""
+        return self.library.emulation_waits(), self.tensors
+
+    def on_device(self, memory, late_zeros=False):
+        """A tensor of the CPU as one of the GPU."""
+        self.tensors += 1
+        if late_zeros:
+            args = ctypes.c_void_p(memory.data_ptr()), 0, ctypes.c_int64(memory.nbytes)
+            self.call("fill", *args)
+        return OnDevice(memory)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it lies on cuda:0, where code of the CPU finds nothing."""
+
+    @staticmethod
+    def __new__(cls, memory):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            memory.size(),
+            strides=memory.stride(),
+            storage_offset=memory.storage_offset(),
+            dtype=memory.dtype,
+            device="cuda:0",
+        )
+        tensor.memory = memory
+        return tensor
+
+    def __del__(self):
+        cuda().dead.append(self.memory)
+
+    def data_ptr(self):
+        return self.memory.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} on the emulated device, but outside of its mode")
+
+
+class EmulatedDevice(TorchFunctionMode):
+    """Makes torch's device "cuda" the emulated one."""
+
+    COPIES = (torch.Tensor.copy_, torch.Tensor.__setitem__)
+    TO_HOST = (torch.Tensor.numpy, torch.Tensor.__array__)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_device = [x for x in tensors if isinstance(x, OnDevice)]
+        if on_device and func.__name__ == "__get__":  # shape, dtype, device...
+            return func(*args)
+        if on_device and func in self.TO_HOST:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        to = kwargs.get("device")
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], (str, torch.device)):
+            to = args[1]
+        if func in (torch.Tensor.cpu, torch.Tensor.cuda):
+            to = func.__name__
+        to = None if to is None else torch.device(to).type
+        if not on_device and to != "cuda":
+            return func(*args, **kwargs)
+
+        if on_device and func not in self.COPIES:
+            if any(x.dim() > 0 and not isinstance(x, OnDevice) for x in tensors):
+                raise RuntimeError(f"{func}: some tensors are on cuda:0 and some on the CPU")
+        if on_device and cuda().capturing:
+            raise RuntimeError(f"{func}: the emulation captures only calls of fastreplay")
+        if on_device:
+            cuda().synchronize()
+        moves = (torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.to, torch.as_tensor)
+        if func in moves and to is not None and tensors:
+            memory = on_device[0].memory if on_device else args[0]
+            if (to == "cuda") == bool(on_device):
+                return args[0]
+            return memory.clone() if to == "cpu" else cuda().on_device(memory.clone())
+        bare_args, bare = tree_map_only(OnDevice, lambda x: x.memory, (args, kwargs))
+        result = func(*bare_args, **{k: v for k, v in bare.items() if k != "device"})
+        if to == "cpu":
+            return result
+        if func in (torch.empty, torch.zeros):  # the zeros come late
+            result.untyped_storage().fill_(0xA5)
+        same = {id(x.memory): x for x in on_device} | {id(x): x for x in tensors}
+
+        def wrap(x):
+            return same.get(id(x)) if id(x) in same else cuda().on_device(x, func is torch.zeros)
+
+        return tree_map_only(torch.Tensor, wrap, result)
+
+
 def load():
     """The emulated module, compiled if need be."""
     if "emulated._cuda" not in sys.modules:
         path = os.environ.get("FASTREPLAY_EMULATED") or build(ROOT / "build" / "emulated")
         spec = importlib.util.spec_from_file_location("emulated._cuda", path)
-        sys.modules["emulated._cuda"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["emulated._cuda"])
+        module = sys.modules["emulated._cuda"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.emulated = Cuda(path)
+        module.current_stream = lambda index: module.emulated.current or 0
     return sys.modules["emulated._cuda"]
+
+
+def cuda() -> Cuda:
+    return load().emulated
 
 
 class OnHost:

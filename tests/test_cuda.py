@@ -29,7 +29,7 @@ def device(request):
     """Where tensors of a replay with device="cuda" lie."""
     if request.param == "cuda-emulated":
         request.getfixturevalue("emulation")
-        return torch.device("cpu")
+        return torch.device("cuda", 0)
     return torch.device("cuda", torch.cuda.current_device())
 
 

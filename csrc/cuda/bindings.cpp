@@ -63,7 +63,11 @@ PYBIND11_MODULE(_cuda, m) {
 
   py::class_<PinnedMemory>(m, "PinnedMemory", py::module_local(), py::buffer_protocol(),
                            "Bytes of the host that the device reads and writes too.")
-      .def(py::init<int64_t>())
+      .def(py::init([](int64_t bytes, int index) {
+             const DeviceGuard guard(std::max(index, 0));
+             return std::make_unique<PinnedMemory>(bytes);
+           }),
+           py::arg("bytes"), py::arg("index"))
       .def_buffer([](PinnedMemory& memory) {
         return py::buffer_info(memory.data(), 1, "B", memory.bytes());
       });

@@ -74,6 +74,14 @@ T* there_1d(const py::handle& object, const char* name, DType dtype, int64_t n,
   return reinterpret_cast<T*>(v.data);
 }
 
+inline void refuse_capture(const Device& device) {
+  const DeviceGuard guard(device.number());
+  if (!is_capturing(device.stream())) return;
+  throw std::runtime_error(
+      "data of the CPU cannot enter a CUDA graph that is being captured: pass tensors on " +
+      device.name());
+}
+
 // An argument of int64 that a kernel reads. From the CPU it is copied to a tensor that must outlive
 // the launch; `check` sees it before.
 struct Input {
@@ -90,6 +98,7 @@ struct Input {
     n = v.shape[0];
     if (device.holds(v)) return;
     check(data, n);
+    refuse_capture(device);
     const py::object as_tensor = py::module_::import("torch").attr("as_tensor");
     keeps = as_tensor(object, py::arg("device") = device.torch_device);
     data = reinterpret_cast<const int64_t*>(view_there(keeps, name, device).data);
@@ -174,27 +183,35 @@ class DeviceState {
 
   // Copies from the device, and waits for it.
   void fetch(void* to, const void* from, size_t bytes) {
-    const Operation operation(device, *order);
-    if (operation.capturing) {
+    if (capturing()) {
       throw std::runtime_error("a CUDA graph is being captured: nothing can be read back now");
     }
+    const BesideCaptures beside;
+    {  // the long wait, in which other threads may use the replay
+      const DeviceGuard guard(device.number());
+      const cudaStream_t stream = device.stream();
+      const py::gil_scoped_release release;
+      order->wait();
+      check_cuda(cudaStreamSynchronize(stream), "the work before");
+    }
+    const Operation operation(device, *order);
     check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, operation.stream),
                "a copy from the device");
-    const py::gil_scoped_release release;
-    check_cuda(cudaStreamSynchronize(operation.stream), "the work before");
+    check_cuda(cudaStreamSynchronize(operation.stream), "a copy from the device");
   }
 
-  void refuse_capture(const Operation& operation) const {
-    if (operation.capturing) {
-      throw std::runtime_error(
-          "data of the CPU cannot enter a CUDA graph that is being captured: pass tensors on " +
-          device.name());
+  // Waits until the next slot can be opened. Other threads may use the replay, and its scratch,
+  // meanwhile.
+  static void make_room(Staging& stage) {
+    for (Event* room = &stage.room(); !room->has_happened(); room = &stage.room()) {
+      const py::gil_scoped_release release;
+      room->wait();
     }
   }
 
   // New priorities, from the device or, in pieces that fit a slot, from the CPU.
   void set(const DeviceTree& tree, const py::object& indices, const py::object& values,
-           const char* name, Priorities p, Staging& stage, std::vector<double>& scratch) {
+           const char* name, Priorities p, Staging& stage) {
     const TensorView i = view_near(indices, "indices", device);
     check_1d(i, "indices", DType::kInt64);
     const TensorView v = view_near(values, name, device);
@@ -211,19 +228,21 @@ class DeviceState {
     if (i.device != TensorView::kCpu || v.device != TensorView::kCpu) {
       throw py::value_error(std::string("indices and ") + name + " must be on one device");
     }
+    refuse_capture(device);
+    std::vector<double> scratch = std::move(scratch_);
     const double* const all = finite_doubles(v, name, p.n, scratch);
     check_indices(p.indices, p.n, tree.capacity);
     if (!p.errors && std::any_of(all, all + p.n, [](double x) { return x < 0.0; })) {
       throw_negative();
     }
-    const Operation operation(device, *order);
-    refuse_capture(operation);
     p.doubles = true;
     const int64_t n = p.n, most = stage.slot_bytes() / 16;
     const int64_t* const rows = p.indices;
     for (int64_t first = 0; first < n; first += p.n) {
       p.n = std::min(most, n - first);
       const size_t bytes = static_cast<size_t>(p.n) * 8;
+      make_room(stage);
+      const Operation operation(device, *order);
       uint8_t* const slot = stage.open();
       std::memcpy(slot, rows + first, bytes);
       std::memcpy(slot + bytes, all + first, bytes);
@@ -233,6 +252,7 @@ class DeviceState {
       launch_set(tree, counters, p, operation.stream);
       stage.close(operation.stream);
     }
+    scratch_ = std::move(scratch);
   }
 
   Device device;
@@ -241,6 +261,7 @@ class DeviceState {
 
  private:
   py::object counters_object_;
+  std::vector<double> scratch_;  // so that no call allocates
 };
 
 // Slots in a tensor of bytes on the device.
@@ -248,7 +269,7 @@ inline std::unique_ptr<Staging> staging_in(const py::object& tensor, const Devic
   const TensorView v = view_there(tensor, "staging", device);
   const DeviceGuard guard(device.number());
   return std::make_unique<Staging>(reinterpret_cast<uint8_t*>(v.data),
-                                   v.shape[0] / Staging::kSlots / 16 * 16);
+                                   v.shape[0] / Staging::kSlots / 16 * 16, device.stream());
 }
 
 class CudaSumTree {
@@ -278,7 +299,7 @@ class CudaSumTree {
   void set(const py::object& indices, const py::object& priorities) {
     Priorities p{};
     p.alpha = alpha;
-    state->set(tree, indices, priorities, "priorities", p, *stage, scratch_);
+    state->set(tree, indices, priorities, "priorities", p, *stage);
   }
 
   py::object get(const py::object& indices, py::object out) {
@@ -374,7 +395,6 @@ class CudaSumTree {
 
   py::tuple memory_;
   Word* total_;
-  std::vector<double> scratch_;
 };
 
 class CudaFrameRing {
@@ -446,13 +466,16 @@ class CudaFrameRing {
     const bool there[] = {device.holds(f), device.holds(a), device.holds(r), device.holds(ends),
                           device.holds(starts)};
     const bool all_there = std::all_of(there, there + 5, [](bool x) { return x; });
+    if (!all_there) {
+      refuse_capture(device);
+      state_->make_room(*stage_);
+    }
     if (!there[1]) {
       actions_.resize(static_cast<size_t>(n));
       read_actions(a, n, actions_.data());
     }
     const Operation operation(device, *state_->order);
     if (!all_there) {
-      state_->refuse_capture(operation);
       uint8_t* const slot = stage_->open();
       const int64_t at[] = {columns(n), 0, 4 * n, 8 * n, 9 * n};
       if (!there[1]) std::memcpy(slot + at[1], actions_.data(), static_cast<size_t>(4 * n));
@@ -558,7 +581,7 @@ class CudaFrameRing {
     p.errors = true;
     p.epsilon = epsilon;
     p.flags = ring_.memory.flags;
-    state_->set(tree_, indices, td_error, "td_error", p, *owner_->stage, scratch_);
+    state_->set(tree_, indices, td_error, "td_error", p, *owner_->stage);
   }
 
   // Takes over memory that was filled from outside, kDrawable included.
@@ -635,9 +658,7 @@ class CudaFrameRing {
   double beta_ = 0.0;
   int64_t stored_ = 0;
   bool captured_add_ = false, seen_drawable_ = false;
-  // Scratch, so that no call allocates.
-  std::vector<int32_t> actions_;
-  std::vector<double> scratch_;
+  std::vector<int32_t> actions_;  // scratch, so that no call allocates
 };
 
 }  // namespace fastreplay

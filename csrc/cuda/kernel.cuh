@@ -27,7 +27,7 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream_
 #ifdef __CUDACC__
   kernel<<<blocks, threads, 0, stream>>>(arguments...);
 #else
-  emulation::launch(kernel, blocks, threads, arguments...);
+  emulation::launch(kernel, blocks, threads, stream, arguments...);
 #endif
   check_cuda(cudaGetLastError(), "a kernel launch");
 }

@@ -14,6 +14,24 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(error));
 }
 
+// In a destructor: what goes wrong is forgotten, or the next launch would be blamed for it.
+inline void ignore_cuda(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+}
+
+// Waits, copies and frees while another thread may be capturing a graph, which they would end if
+// this thread did not say that they are none of that graph's business.
+class BesideCaptures {
+ public:
+  BesideCaptures() { ignore_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~BesideCaptures() { ignore_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Makes a device the current one of this thread, for a while.
 class DeviceGuard {
  public:
@@ -22,7 +40,7 @@ class DeviceGuard {
     if (before_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice");
   }
   ~DeviceGuard() {
-    if (before_ != device_) (void)cudaSetDevice(before_);
+    if (before_ != device_) ignore_cuda(cudaSetDevice(before_));
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -40,14 +58,27 @@ inline bool is_capturing(cudaStream_t stream) {
 class Event {
  public:
   Event() { check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "an event"); }
-  ~Event() { (void)cudaEventDestroy(event_); }
+  ~Event() {
+    const BesideCaptures beside;
+    ignore_cuda(cudaEventDestroy(event_));
+  }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
 
   void record(cudaStream_t stream) { check_cuda(cudaEventRecord(event_, stream), "an event"); }
   // An event that was never recorded holds up nobody.
   void hold(cudaStream_t stream) { check_cuda(cudaStreamWaitEvent(stream, event_, 0), "a wait"); }
-  void wait() { check_cuda(cudaEventSynchronize(event_), "a wait"); }
+  void wait() {
+    const BesideCaptures beside;
+    check_cuda(cudaEventSynchronize(event_), "a wait");
+  }
+  bool has_happened() {
+    const BesideCaptures beside;
+    const cudaError_t answer = cudaEventQuery(event_);
+    if (answer != cudaErrorNotReady) check_cuda(answer, "an event");
+    ignore_cuda(answer);
+    return answer == cudaSuccess;
+  }
 
  private:
   cudaEvent_t event_ = nullptr;
@@ -67,9 +98,8 @@ class StreamOrder {
     last_ = stream;
     used_ = true;
   }
-  void wait() {
-    if (used_) done_.wait();
-  }
+  // Until all of it is done. Another thread may begin and end operations meanwhile.
+  void wait() { done_.wait(); }
 
  private:
   Event done_;

@@ -25,7 +25,10 @@ class PinnedMemory {
                              cudaHostAllocPortable | cudaHostAllocMapped),
                "pinning host memory");
   }
-  ~PinnedMemory() { (void)cudaFreeHost(data_); }
+  ~PinnedMemory() {
+    const BesideCaptures beside;
+    ignore_cuda(cudaFreeHost(data_));
+  }
   PinnedMemory(const PinnedMemory&) = delete;
   PinnedMemory& operator=(const PinnedMemory&) = delete;
 
@@ -41,21 +44,27 @@ class Staging {
  public:
   static constexpr int kSlots = 4;
 
-  // `device` has kSlots * slot_bytes. The current device is that of the replay.
-  Staging(uint8_t* device, int64_t slot_bytes)
+  // `device` has kSlots * slot_bytes, free to be written once `stream` comes here. The current
+  // device is that of the replay.
+  Staging(uint8_t* device, int64_t slot_bytes, cudaStream_t stream)
       : host_(kSlots * slot_bytes), device_(device), slot_bytes_(slot_bytes) {
     check_cuda(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "a stream");
+    for (Slot& slot : slots_) slot.read.record(stream);
   }
-  ~Staging() { (void)cudaStreamDestroy(copies_); }
+  ~Staging() {
+    const BesideCaptures beside;
+    ignore_cuda(cudaStreamDestroy(copies_));
+  }
   Staging(const Staging&) = delete;
   Staging& operator=(const Staging&) = delete;
 
   int64_t slot_bytes() const { return slot_bytes_; }
 
-  // The host side of the next slot, free to be written.
+  // When this has happened, the next slot is free to be written.
+  Event& room() { return slots_[(slot_ + 1) % kSlots].copied; }
+  // Takes the next slot: its host side.
   uint8_t* open() {
     slot_ = (slot_ + 1) % kSlots;
-    slots_[slot_].copied.wait();
     return host_.data() + slot_ * slot_bytes_;
   }
   // Sends its first bytes. Returns where they will be, for kernels on `stream`.

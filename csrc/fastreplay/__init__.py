@@ -1,8 +1,9 @@
 """fastreplay: a replay buffer that keeps each frame once, and an exact integer sum-tree.
 
-    FrameReplay   stacks, n-step returns and priorities, built when a batch is sampled
-    SumTree       draws proportional to priorities, for any kind of data
-    backends()    what of it is compiled here: ("cpp", "cuda"), ("cpp",) or ()
+    FrameReplay     stacks, n-step returns and priorities, built when a batch is sampled
+    SumTree         draws proportional to priorities, for any kind of data
+    backends()      what of it is compiled here: ("cpp", "cuda"), ("cpp",) or ()
+    cuda_problem()  why device="cuda" cannot be used here, or ""
 
 The compiled half is loaded when one of the classes is first used.
 """
@@ -10,16 +11,17 @@ The compiled half is loaded when one of the classes is first used.
 import importlib
 import importlib.util
 
-__all__ = ["Batch", "FrameReplay", "SumTree", "backends"]
+__all__ = ["Batch", "FrameReplay", "SumTree", "backends", "cuda_problem"]
 
 _HOME = {"SumTree": "sum_tree", "FrameReplay": "frame_replay", "Batch": "frame_replay"}
+_HOME |= {"cuda_problem": "_device"}
 
 
 def backends():
     """Names of the compiled backends, best last; empty where nothing was compiled.
 
     "cuda" tells how fastreplay was built, not what the machine has: `device="cuda"` needs a GPU
-    too, as torch.cuda.is_available() says.
+    too, as cuda_problem() says.
     """
     names = {"cpp": "fastreplay._cpu", "cuda": "fastreplay._cuda"}
     built = tuple(name for name, module in names.items() if importlib.util.find_spec(module))

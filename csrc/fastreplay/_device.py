@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+LEAST = (8, 0)  # compute capability that the kernels are compiled for
+
 # The CUDA sources compiled for the CPU: put here by tests, taken for device="cuda".
 emulation: ModuleType | None = None
 
@@ -21,13 +23,14 @@ class Place:
         if device.type == "cpu":
             self.module: Any = importlib.import_module("fastreplay._cpu")
         elif device.type == "cuda" and emulation is not None:
-            self.module, self.torch_device = emulation, torch.device("cpu")
-            self.handle = emulation.Device(-1, self.torch_device, lambda index: 0)
+            self.module, self.torch_device = emulation, torch.device("cuda", 0)
+            self.handle = emulation.Device(0, self.torch_device, emulation.current_stream)
         elif device.type == "cuda":
-            self.module = cuda_module()
+            problem = cuda_problem(device.index)
+            if problem:
+                raise RuntimeError(problem)
             index = torch.cuda.current_device() if device.index is None else device.index
-            if index >= torch.cuda.device_count():
-                raise RuntimeError(f"there is no {device}: torch sees {torch.cuda.device_count()}")
+            self.module = importlib.import_module("fastreplay._cuda")
             self.torch_device = torch.device("cuda", index)
             self.handle = self.module.Device(index, self.torch_device, current_stream())
         else:
@@ -45,19 +48,35 @@ class Place:
         slots = self.module.STAGING_SLOTS
         return self.zeros(slots * (slot_bytes + 15 & ~15), dtype=torch.uint8)
 
+    def free_memory(self) -> int:
+        """Bytes that a tensor on this GPU may take, those in torch's cache included."""
+        index = self.torch_device.index
+        cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+        return self.module.free_memory(index) + cached
 
-def cuda_module() -> ModuleType:
-    """The compiled CUDA half; RuntimeError if it or a GPU is missing."""
+
+def cuda_problem(index: int | None = None) -> str:
+    """Why device="cuda" (or of that index) cannot be used here, in one line; "" if it can."""
     try:
         module = importlib.import_module("fastreplay._cuda")
     except ModuleNotFoundError:
-        raise RuntimeError(
+        return (
             "fastreplay was built without CUDA; where nvcc is installed, build it with: "
             "FASTREPLAY_CUDA=1 pip install ."
-        ) from None
+        )
     if not torch.cuda.is_available():
-        raise RuntimeError("device='cuda', but torch.cuda.is_available() is False: no usable GPU")
-    return module
+        return "device='cuda', but torch.cuda.is_available() is False: no usable GPU"
+    index = torch.cuda.current_device() if index is None else index
+    if index >= torch.cuda.device_count():
+        return f"there is no cuda:{index}: torch sees {torch.cuda.device_count()} GPUs"
+    name, has = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if has < LEAST:
+        return f"{name} has compute capability {has[0]}.{has[1]}; fastreplay needs {LEAST[0]}.0"
+    try:
+        module.free_memory(index)
+    except RuntimeError as e:  # a driver older than the toolkit that fastreplay was built with
+        return f"fastreplay cannot use {name} ({e}); install a newer driver or build with its nvcc"
+    return ""
 
 
 def current_stream():

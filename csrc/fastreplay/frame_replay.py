@@ -167,13 +167,12 @@ class FrameReplay:
             frames = torch.empty(shape, dtype=self.frame_dtype)
             _cpu.use_huge_pages(frames.data_ptr(), frames.nbytes)
             return frames
-        module, size = self._place.module, math.prod(shape) * self.frame_dtype.itemsize
+        size = math.prod(shape) * self.frame_dtype.itemsize
         # A tenth of what is free is left to the network.
-        room = 0.9 * module.free_memory(self.device.index or 0)
-        if storage == "device" or (storage == "auto" and size <= room):
+        if storage == "device" or (storage == "auto" and size <= 0.9 * self._place.free_memory()):
             self.storage = "device"
             return torch.empty(shape, dtype=self.frame_dtype, device=self.device)
-        pinned = module.PinnedMemory(size)
+        pinned = self._place.module.PinnedMemory(size, self.device.index)
         return torch.frombuffer(pinned, dtype=self.frame_dtype).view(shape)
 
     def __repr__(self) -> str:
@@ -292,13 +291,13 @@ class FrameReplay:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state of a like replay. ValueError, and no change, otherwise."""
         stored, head = self._check_state(state)
-        flags = torch.zeros_like(self._flags)
+        flags = torch.zeros(self._flags.shape, dtype=torch.uint8)
         for game in range(self.num_envs):
             flags[game, :stored] = state["flags"][game]
         n_drawable = _cpu.mark_drawable(flags, stored, head, self.stack or 1, self.n_step)
         if self._tree is not None:
             for game, leaves in enumerate(state["leaves"]):
-                if not torch.equal(leaves != 0, flags[game, :stored] >= 4):
+                if not torch.equal(leaves.cpu() != 0, flags[game, :stored] >= 4):
                     raise ValueError("the state is damaged: its priorities do not fit its rows")
         self.check()
         for name in ("frames", "actions", "rewards"):

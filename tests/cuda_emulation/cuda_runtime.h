@@ -5,7 +5,11 @@
 //   - a few blocks run side by side, in an order that is shuffled anew at each launch, and threads
 //     give way at atomics now and then: what depends on the order shows;
 //   - a barrier that not all threads reach ends the process;
-//   - streams, events and copies do their work at once. Their order is not tested here.
+//   - a stream is a queue of launches, copies and events. Its work runs late and, between streams,
+//     in any order that the events allow: what nobody waits for has not happened yet;
+//   - a captured stream makes a graph of launches; whatever would break a capture on CUDA is an
+//     error or ends the process.
+// tests/emulated.py drives streams and graphs by the functions at the end.
 #pragma once
 
 #include <ucontext.h>
@@ -15,10 +19,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <random>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -37,7 +44,20 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct EmulatedWork {
+  std::function<bool()> ready;
+  std::function<void()> run;
+};
+
+struct EmulatedStream {
+  std::deque<EmulatedWork> work;
+  std::vector<std::function<void()>>* graph = nullptr;  // not null: being captured
+  bool slow = false;                                    // runs only when somebody waits for it
+};
+
 namespace emulation {
+
+using Queue = EmulatedStream;
 
 constexpr size_t kStack = 128 << 10;
 constexpr int kBlocksAtOnce = 3;
@@ -181,17 +201,86 @@ inline void run_blocks(unsigned first, unsigned count, const std::vector<unsigne
   }
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, const Arguments&... arguments) {
+// ------------------------------------------------------------------------ streams, events, graphs
+
+struct Streams {
+  std::vector<std::unique_ptr<Queue>> all;
+  std::mt19937 random{2};
+  int capturing = 0, beside_captures = 0;
+  int64_t waits = 0;  // of the host, for work that had not been done yet
+};
+inline Streams streams;
+
+inline Queue& queue_of(Queue* handle) {
+  static Queue* const first = new Queue;  // the default stream
+  if (streams.all.empty()) streams.all.emplace_back(first);
+  return handle == nullptr ? *first : *handle;
+}
+
+inline bool step(Queue& queue) {
+  if (queue.work.empty() || !queue.work.front().ready()) return false;
+  const EmulatedWork work = std::move(queue.work.front());
+  queue.work.pop_front();
+  work.run();
+  return true;
+}
+
+// Does one piece of work that could be next; false if there is none.
+inline bool step_any(bool slow_too) {
+  const size_t n = streams.all.size(), start = streams.random() % std::max<size_t>(n, 1);
+  for (size_t i = 0; i < n; ++i) {
+    Queue& queue = *streams.all[(start + i) % n];
+    if ((slow_too || !queue.slow) && step(queue)) return true;
+  }
+  return false;
+}
+
+// The host waits for something.
+template <typename Done>
+void wait_until(Done done) {
+  if (!done()) ++streams.waits;
+  while (!done()) {
+    if (step_any(true)) continue;
+    std::fprintf(stderr, "emulated CUDA: a wait that never ends\n");
+    std::abort();
+  }
+}
+
+inline void drain(Queue& queue) {
+  wait_until([&] { return queue.work.empty(); });
+}
+
+inline void enqueue(
+    Queue& queue, std::function<void()> run, std::function<bool()> ready = [] { return true; }) {
+  queue.work.push_back({std::move(ready), std::move(run)});
+  for (unsigned steps = streams.random() % 3; steps > 0 && step_any(false); --steps) {
+  }
+}
+
+inline void run_kernel(const std::function<void()>& kernel, dim3 grid, int threads) {
   machine.grid = grid;
   machine.block = dim3(static_cast<unsigned>(threads));
-  machine.kernel = [&] { kernel(arguments...); };
+  machine.kernel = kernel;
   std::vector<unsigned> order(grid.x * grid.y);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), machine.random);
   const unsigned all = static_cast<unsigned>(order.size());
   for (unsigned first = 0; first < all; first += kBlocksAtOnce) {
     run_blocks(first, std::min<unsigned>(kBlocksAtOnce, all - first), order);
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, Queue* stream,
+            const Arguments&... arguments) {
+  const std::tuple<Arguments...> values(arguments...);
+  const std::function<void()> thread = [kernel, values] { std::apply(kernel, values); };
+  const std::function<void()> run = [=] { run_kernel(thread, grid, threads); };
+  Queue& queue = queue_of(stream);
+  if (queue.graph != nullptr) {
+    queue.graph->push_back(run);
+  } else {
+    enqueue(queue, run);
   }
 }
 
@@ -274,42 +363,158 @@ T atomicExch(T* to, T x) {
 
 // ------------------------------------------------------------------------------- the runtime
 
-using cudaStream_t = struct EmulatedStream*;
-using cudaEvent_t = struct EmulatedEvent*;
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
+using cudaStream_t = EmulatedStream*;
+using cudaEvent_t = std::shared_ptr<bool>*;  // whether the work before its last record is done
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorNotReady = 600,
+  cudaErrorStreamCaptureUnsupported = 900
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
 constexpr unsigned cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1;
 constexpr unsigned cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
+namespace emulation {
+inline cudaError_t last_error = cudaSuccess;
+inline cudaError_t failed(cudaError_t error) { return last_error = error; }
+// Whether a call that a capture forbids to all threads is forbidden now.
+inline bool is_forbidden() { return streams.capturing > 0 && streams.beside_captures == 0; }
+}  // namespace emulation
+
+inline cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : "not permitted during a capture";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  int& relaxed = emulation::streams.beside_captures;
+  const bool was = relaxed > 0;
+  relaxed = *mode == cudaStreamCaptureModeRelaxed;
+  return *mode = was ? cudaStreamCaptureModeRelaxed : cudaStreamCaptureModeGlobal, cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const bool yes = emulation::queue_of(stream).graph != nullptr;
+  return *status = yes ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  return *event = nullptr, cudaSuccess;
+  return *event = new std::shared_ptr<bool>(new bool(true)), cudaSuccess;
 }
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  emulation::Queue& queue = emulation::queue_of(stream);
+  if (queue.graph != nullptr) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  const std::shared_ptr<bool> done(new bool(false));
+  *event = done;
+  return emulation::enqueue(queue, [done] { *done = true; }), cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  emulation::Queue& queue = emulation::queue_of(stream);
+  if (queue.graph != nullptr) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  const std::shared_ptr<bool> done = *event;
+  return emulation::enqueue(queue, [] {}, [done] { return *done; }), cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (emulation::is_forbidden()) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  return **event ? cudaSuccess : emulation::failed(cudaErrorNotReady);
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (emulation::is_forbidden()) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  const std::shared_ptr<bool> done = *event;
+  return emulation::wait_until([&] { return *done; }), cudaSuccess;
+}
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  return *stream = nullptr, cudaSuccess;
+  (void)emulation::queue_of(nullptr);  // stands first
+  emulation::streams.all.push_back(std::make_unique<emulation::Queue>());
+  return *stream = emulation::streams.all.back().get(), cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  if (emulation::is_forbidden()) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  if (!stream->work.empty()) {
+    std::fprintf(stderr, "emulated CUDA: a stream is destroyed before its work is done\n");
+    std::abort();
+  }
+  auto& all = emulation::streams.all;
+  all.erase(std::find_if(all.begin(), all.end(), [&](auto& one) { return one.get() == stream; }));
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (emulation::is_forbidden()) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  return emulation::drain(emulation::queue_of(stream)), cudaSuccess;
+}
+// Memory of the host is pinned when it is the source, and pageable when it is the destination.
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t stream) {
+  emulation::Queue& queue = emulation::queue_of(stream);
+  const bool back = kind == cudaMemcpyDeviceToHost;
+  if (queue.graph != nullptr || (back && emulation::is_forbidden())) {
+    return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  }
+  emulation::enqueue(queue, [=] { std::memcpy(to, from, bytes); });
+  if (back) emulation::drain(queue);
+  return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  if (emulation::is_forbidden()) return emulation::failed(cudaErrorStreamCaptureUnsupported);
   *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-  return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+  return *memory == nullptr ? emulation::failed(cudaErrorMemoryAllocation) : cudaSuccess;
 }
-inline cudaError_t cudaFreeHost(void* memory) { return std::free(memory), cudaSuccess; }
+inline cudaError_t cudaFreeHost(void* memory) {
+  if (emulation::is_forbidden()) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  return std::free(memory), cudaSuccess;
+}
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* all) {
   return *free = *all = size_t{1} << 30, cudaSuccess;
+}
+
+// ----------------------------------------------------------------- for tests/emulated.py, by
+// ctypes
+
+#define EMULATION_API extern "C" inline __attribute__((used, visibility("default")))
+
+EMULATION_API void* emulation_stream() {
+  cudaStream_t stream = nullptr;
+  (void)cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  return stream;
+}
+EMULATION_API void emulation_slow(void* stream, int slow) {
+  emulation::queue_of(static_cast<cudaStream_t>(stream)).slow = slow != 0;
+}
+// What torch does on a stream comes after the work that is there.
+EMULATION_API void emulation_drain(void* stream) {
+  const int64_t before = emulation::streams.waits;
+  emulation::drain(emulation::queue_of(static_cast<cudaStream_t>(stream)));
+  emulation::streams.waits = before;
+}
+// What torch does late: a tensor is filled when the work before is done.
+EMULATION_API void emulation_fill(void* stream, void* memory, int byte, int64_t bytes) {
+  emulation::enqueue(emulation::queue_of(static_cast<cudaStream_t>(stream)),
+                     [=] { std::memset(memory, byte, static_cast<size_t>(bytes)); });
+}
+EMULATION_API int emulation_is_idle() {
+  for (const auto& queue : emulation::streams.all) {
+    if (!queue->work.empty()) return 0;
+  }
+  return 1;
+}
+EMULATION_API int64_t emulation_waits() { return emulation::streams.waits; }
+EMULATION_API void* emulation_capture(void* stream) {
+  ++emulation::streams.capturing;
+  auto* const graph = new std::vector<std::function<void()>>;
+  return emulation::queue_of(static_cast<cudaStream_t>(stream)).graph = graph;
+}
+EMULATION_API void emulation_end_capture(void* stream) {
+  --emulation::streams.capturing;
+  emulation::queue_of(static_cast<cudaStream_t>(stream)).graph = nullptr;
+}
+EMULATION_API void emulation_replay(void* graph, void* stream) {
+  for (const auto& run : *static_cast<std::vector<std::function<void()>>*>(graph)) {
+    emulation::enqueue(emulation::queue_of(static_cast<cudaStream_t>(stream)), run);
+  }
+}
+EMULATION_API void emulation_free(void* graph) {
+  delete static_cast<std::vector<std::function<void()>>*>(graph);
 }
