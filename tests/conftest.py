@@ -47,6 +47,7 @@ def emulation(monkeypatch):
         pytest.skip(str(e))
     monkeypatch.setattr(_device, "emulation", module)
     with emulated.EmulatedDevice():
+        emulated.cuda().call("slow", 0)
         yield emulated.cuda()
 
 

@@ -94,10 +94,10 @@ class Cuda:
         if self.library.emulation_is_idle():
             self.dead.clear()
 
-    def captured(self, work):
-        """A graph of fastreplay's calls in work(), which is run once before: a function that
-        launches it."""
-        work()
+    def captured(self, work, warm=None):
+        """A graph of fastreplay's calls in work(), which is run once before (or else `warm` is):
+        a function that launches it."""
+        (warm or work)()
         graph = ctypes.c_void_p(self.call("capture"))
         self.capturing = True
         try:
@@ -112,9 +112,11 @@ class Cuda:
         weakref.finalize(launch, self.library.emulation_free, graph)
         return launch
 
-    def count(self):
-        """What must not change while nothing waits or allocates."""
-        return self.library.emulation_waits(), self.tensors
+    def quietly(self):
+        """Keeps the current stream busy. -> whether nothing waited or allocated since."""
+        before = self.library.emulation_waits(), self.tensors
+        self.slowly()
+        return lambda: before == (self.library.emulation_waits(), self.tensors)
 
     def on_device(self, memory, late_zeros=False):
         """A tensor of the CPU as one of the GPU."""
@@ -122,14 +124,51 @@ class Cuda:
         if late_zeros:
             args = ctypes.c_void_p(memory.data_ptr()), 0, ctypes.c_int64(memory.nbytes)
             self.call("fill", *args)
-        return OnDevice(memory)
+        return OnDevice(memory, self.dead)
+
+
+class RealCuda:
+    """The same on a GPU."""
+
+    def stream(self):
+        return torch.cuda.Stream()
+
+    def on(self, stream):
+        return torch.cuda.stream(stream or torch.cuda.default_stream())
+
+    def slowly(self):
+        torch.cuda._sleep(50_000_000)  # some tens of milliseconds
+
+    def synchronize(self):
+        torch.cuda.current_stream().synchronize()
+
+    def captured(self, work, warm=None):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            (warm or work)()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+    def quietly(self):
+        def allocated():
+            return torch.cuda.memory_stats()["allocation.all.allocated"]
+
+        torch.cuda.synchronize()
+        before, busy = allocated(), torch.cuda.Event()
+        self.slowly()
+        busy.record()
+        return lambda: not busy.query() and allocated() == before
 
 
 class OnDevice(torch.Tensor):
     """A tensor that says it lies on cuda:0, where code of the CPU finds nothing."""
 
     @staticmethod
-    def __new__(cls, memory):
+    def __new__(cls, memory, dead):
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             memory.size(),
@@ -138,11 +177,11 @@ class OnDevice(torch.Tensor):
             dtype=memory.dtype,
             device="cuda:0",
         )
-        tensor.memory = memory
+        tensor.memory, tensor.dead = memory, dead
         return tensor
 
     def __del__(self):
-        cuda().dead.append(self.memory)
+        self.dead.append(self.memory)
 
     def data_ptr(self):
         return self.memory.data_ptr()
@@ -156,13 +195,15 @@ class EmulatedDevice(TorchFunctionMode):
     """Makes torch's device "cuda" the emulated one."""
 
     COPIES = (torch.Tensor.copy_, torch.Tensor.__setitem__)
+    METADATA = ("__get__", "__len__", "dim", "numel", "size", "stride")  # shape, dtype, device...
+    VIEWS = ("__getitem__", "__iter__", "narrow", "select", "unbind", "view")
     TO_HOST = (torch.Tensor.numpy, torch.Tensor.__array__)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         on_device = [x for x in tensors if isinstance(x, OnDevice)]
-        if on_device and func.__name__ == "__get__":  # shape, dtype, device...
+        if on_device and func.__name__ in self.METADATA:
             return func(*args)
         if on_device and func in self.TO_HOST:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -178,9 +219,9 @@ class EmulatedDevice(TorchFunctionMode):
         if on_device and func not in self.COPIES:
             if any(x.dim() > 0 and not isinstance(x, OnDevice) for x in tensors):
                 raise RuntimeError(f"{func}: some tensors are on cuda:0 and some on the CPU")
-        if on_device and cuda().capturing:
-            raise RuntimeError(f"{func}: the emulation captures only calls of fastreplay")
-        if on_device:
+        if on_device and func.__name__ not in self.VIEWS:
+            if cuda().capturing:
+                raise RuntimeError(f"{func}: the emulation captures only calls of fastreplay")
             cuda().synchronize()
         moves = (torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.to, torch.as_tensor)
         if func in moves and to is not None and tensors:

@@ -4,14 +4,17 @@ That it draws and builds what the CPU does is tested with the CPU, in test_sum_t
 test_frame_replay.py. Tests without a mark run on the emulation too; those with `gpu` need a GPU.
 """
 
+import importlib
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from conftest import CUDA
+from emulated import RealCuda
 from test_frame_replay import Games
 
 fastreplay = pytest.importorskip("fastreplay")
@@ -31,6 +34,14 @@ def device(request):
         request.getfixturevalue("emulation")
         return torch.device("cuda", 0)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def cuda(device, request):
+    """The GPU's streams and graphs, or those of the emulation."""
+    if request.node.callspec.params["device"] == "cuda":
+        return RealCuda()
+    return request.getfixturevalue("emulation")
 
 
 def equal(first, second):
@@ -239,159 +250,266 @@ def test_without_a_gpu_there_is_one_clear_error():
         FrameReplay(9, (2, 2), storage="disk")
 
 
-# ------------------------------------------------------------------------------------ GPU only
+@pytest.mark.skipif("cuda" not in fastreplay.backends(), reason="needs the CUDA build")
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert fastreplay.cuda_problem() == "Some GPU has compute capability 7.5; fastreplay needs 8.0"
+    with pytest.raises(RuntimeError, match="there is no cuda:1"):
+        SumTree(9, device="cuda:1")
+    module = importlib.import_module("fastreplay._cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(module, "free_memory", lambda index: 1 << 30)
+    assert fastreplay.cuda_problem() == ""
+
+    def too_old(index):
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(module, "free_memory", too_old)
+    with pytest.raises(RuntimeError, match="insufficient.*newer driver"):
+        FrameReplay(9, (2, 2), device="cuda")
 
 
-def slowly():
-    """Keeps the current stream busy for some tens of milliseconds."""
-    torch.cuda._sleep(50_000_000)
+# ------------------------------------------------------------------------------ streams and graphs
 
 
-def captured(work):
-    """A graph of work(), which is run once before, as torch asks."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
+def frames_of(rng, num_envs=2, shape=(84, 84)):
+    return rng.integers(0, 256, (num_envs, *shape), dtype=np.uint8)
 
 
-@pytest.mark.gpu
-@no_gpu
+def test_staging_waits_for_the_zeros_that_torch_puts_there(cuda):
+    cuda.slowly()
+    tree = SumTree(1000, device="cuda")
+    tree.set(np.arange(1000), np.ones(1000))
+    assert tree.total() == 1000 << 20
+    replay = FrameReplay(20, (2, 2), 2, device="cuda")
+    rng, rows = np.random.default_rng(0), []
+    games = Games(2, rng)
+    for _ in range(4):
+        rows.append(frames_of(rng, shape=(2, 2)))
+        replay.add(rows[-1], *games.step()[1:])
+    frames = replay.state_dict()["frames"]
+    assert all(np.array_equal(frames[g][t], rows[t][g]) for g in range(2) for t in range(4))
+
+
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_a_replayed_graph_draws_anew_and_equals_eager(prioritized):
-    cpu, cuda = pair(600, (84, 84), steps=200, prioritized=prioritized)
-    out, errors = cuda._empty_batch(32), torch.zeros(32, device="cuda")
+def test_a_replayed_graph_draws_anew_and_equals_eager(cuda, prioritized):
+    shape = (4, 8)
+    cpu, replay = pair(600, shape, steps=200, prioritized=prioritized)
+    out, errors = replay._empty_batch(32), torch.zeros(32, device="cuda")
+    rng = np.random.default_rng(4)
 
     def learn():
-        cuda.sample(32, out=out)
+        replay.sample(32, out=out)
         if prioritized:
-            errors.copy_(out.rewards.abs() + 0.5)
-            cuda.update_priorities(out.indices, errors)
+            replay.update_priorities(out.indices, errors)
 
-    def learn_on_the_cpu():
-        batch = cpu.sample(32)
-        if prioritized:
-            cpu.update_priorities(batch.indices, batch.rewards.abs() + 0.5)
-        return batch
-
-    graph = captured(learn)
-    learn_on_the_cpu()  # the run before the capture
+    launch = cuda.captured(learn)
+    batch = cpu.sample(32)  # the run before the capture
+    if prioritized:
+        cpu.update_priorities(batch.indices, torch.zeros(32))
     seen = set()
     for step in range(10):
-        cpu.per_beta = cuda.per_beta = step / 10
-        graph.replay()
-        assert equal(learn_on_the_cpu(), out)
+        cpu.per_beta = replay.per_beta = step / 10
+        new = torch.from_numpy(rng.random(32).astype(np.float32))
+        errors.copy_(new)
+        launch()
+        batch = cpu.sample(32)
+        if prioritized:
+            cpu.update_priorities(batch.indices, new)
+        assert equal(batch, out)
         seen.add(tuple(out.indices.tolist()))
     assert len(seen) == 10
-    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    assert equal_states(cpu.state_dict(), replay.state_dict())
 
 
-@pytest.mark.gpu
-@no_gpu
-def test_a_captured_add_moves_the_write_head():
-    cpu, cuda = pair(40, steps=0, prioritized=True)
+def test_a_captured_add_moves_the_write_head(cuda):
+    cpu, replay = pair(40, steps=0, prioritized=True)
     games = Games(2, np.random.default_rng(0))
-    row = [torch.zeros_like(t, device="cuda") for t in tensors(games.step(), "cpu")]
-    graph = captured(lambda: cuda.add(*row))
+    row = [torch.zeros_like(t).cuda() for t in tensors(games.step(), "cpu")]
+    launch = cuda.captured(lambda: replay.add(*row))
     cpu.add(*(column.cpu() for column in row))
     for _ in range(60):
         step = games.step()
         for column, new in zip(row, step):
             column.copy_(torch.as_tensor(new))
-        graph.replay()
+        launch()
         cpu.add(*step)
-        assert len(cuda) == len(cpu)
-    assert equal_states(cpu.state_dict(), cuda.state_dict())
-    with pytest.raises(RuntimeError, match="graph"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            cuda.add(*games.step())
+        assert len(replay) == len(cpu)
+    assert equal_states(cpu.state_dict(), replay.state_dict())
 
 
-@pytest.mark.gpu
-@no_gpu
-def test_nothing_allocates_or_waits():
-    _, cuda = pair(600, (84, 84), steps=50, prioritized=True)
-    out, errors = cuda._empty_batch(256), torch.rand(256, device="cuda")
+def test_what_cannot_be_captured_is_refused(cuda):
+    _, replay = pair(40, steps=10, prioritized=True)
     row = Games(2, np.random.default_rng(0)).step()
-    row = (np.zeros((2, 84, 84), np.uint8), *row[1:])
-    cuda.add(*row)
-    cuda.sample(256, out=out)
-    cuda.update_priorities(out.indices, errors)  # kernels are loaded when they are first used
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    slowly()
-    busy = torch.cuda.Event()
-    busy.record()
+    tree = SumTree(10, device="cuda")
+    before = replay.state_dict()
+    calls = [
+        lambda: replay.add(*row),
+        lambda: replay.update_priorities(np.arange(2), np.ones(2)),
+        lambda: replay.gather(np.arange(2)),
+        lambda: tree.find(np.arange(2)),
+        lambda: replay.check(),
+        lambda: tree.total(),
+    ]
+    refused = []
+
+    def work():
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                refused.append("graph" in str(error))
+        replay.draw(1)  # a capture of something
+
+    cuda.captured(work, warm=lambda: replay.draw(1))
+    assert refused == [True] * len(calls)
+    assert equal_states(before | {"calls": 1}, replay.state_dict())
+
+
+def test_a_capture_leaves_other_streams_alone(cuda):
+    """Data of the CPU for one replay, and waits, while a graph of another is being captured."""
+    cpu, replay = pair(60, steps=20)
+    _, other = pair(60, steps=20)
+    games, side = Games(2, np.random.default_rng(1)), cuda.stream()
+
+    def work():
+        other.draw(8)
+        with cuda.on(side):
+            for _ in range(9):
+                row = games.step()
+                replay.add(*row)
+                cpu.add(*row)
+            replay.check()
+
+    cuda.captured(work)
+    assert equal_states(cpu.state_dict(), replay.state_dict())
+
+
+def test_nothing_allocates_or_waits(cuda):
+    _, replay = pair(600, (4, 8), steps=50, prioritized=True)
+    out, errors = replay._empty_batch(256), torch.rand(256, device="cuda")
+    rng = np.random.default_rng(0)
+    row = (frames_of(rng, shape=(4, 8)), *Games(2, rng).step()[1:])
+    there = tensors(row, "cuda")
+
+    def everything():
+        replay.add(*row)
+        replay.add(*there)
+        replay.sample(256, out=out)
+        replay.update_priorities(out.indices, errors)
+        replay.update_priorities(np.arange(10), np.ones(10))
+        assert len(replay) > 0
+
+    everything()  # kernels are loaded when they are first used
+    replay.check()
+    quiet = cuda.quietly()
     for _ in range(3):
-        cuda.add(*row)
-        cuda.sample(256, out=out)
-        cuda.update_priorities(out.indices, errors)
-        assert len(cuda) > 0
-    assert not busy.query(), "a call waited for the GPU"
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        everything()
+    assert quiet()
+    replay.check()
 
 
-@pytest.mark.gpu
-@no_gpu
-def test_streams_used_in_any_order():
+def test_streams_used_in_any_order(cuda):
     """Each operation is held up on its own stream; the next, elsewhere, still sees what it did."""
-    cpu, cuda = pair(60, (84, 84), steps=20, prioritized=True)
-    streams = [torch.cuda.Stream() for _ in range(3)] + [torch.cuda.default_stream()]
-    torch.cuda.synchronize()
+    cpu, replay = pair(60, (4, 8), steps=20, prioritized=True)
+    streams = [cuda.stream() for _ in range(3)] + [None]
     games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
+    steps = []
     for step in range(40):
-        row = games.step()
-        row = (rng.integers(0, 256, (2, 84, 84), dtype=np.uint8), *row[1:])
-        with torch.cuda.stream(streams[rng.integers(4)]):
-            slowly()
-            cuda.add(*(row if step % 2 else tensors(row, "cuda")))
+        row = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
+        errors = torch.from_numpy(rng.random(32).astype(np.float32))
+        steps.append((row, tensors(row, "cuda") if step % 2 else row, errors, errors.cuda()))
+    replay.check()
+    compared = []
+    for row, row_there, errors, errors_there in steps:
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            replay.add(*row_there)
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            batch = replay.sample(32)
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            replay.update_priorities(batch.indices, errors_there)
         cpu.add(*row)
         expected = cpu.sample(32)
-        with torch.cuda.stream(streams[rng.integers(4)]):
-            if step % 3 == 0:
-                slowly()
-            batch = cuda.sample(32)
-            errors = batch.rewards.abs() + 0.1
-            cuda.update_priorities(batch.indices, errors)
-            assert equal(expected, batch)
-        cpu.update_priorities(expected.indices, expected.rewards.abs() + 0.1)
-    assert equal_states(cpu.state_dict(), cuda.state_dict())
+        cpu.update_priorities(expected.indices, errors)
+        compared.append((expected, batch))
+    replay.check()
+    assert all(equal(expected, batch) for expected, batch in compared)
+    assert equal_states(cpu.state_dict(), replay.state_dict())
 
 
-@pytest.mark.gpu
-@no_gpu
-def test_many_adds_behind_a_slow_learner_overwrite_no_slot():
-    cpu, cuda = pair(200, (84, 84), steps=20)
+def test_many_adds_behind_a_slow_learner_overwrite_no_slot(cuda):
+    cpu, replay = pair(200, (4, 8), steps=20)
     games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
-    slowly()
+    cuda.slowly()
     for _ in range(30):
-        row = (rng.integers(0, 256, (2, 84, 84), dtype=np.uint8), *games.step()[1:])
-        cuda.add(*row)
+        row = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
+        replay.add(*row)
         cpu.add(*row)
         row[0][:] = 0  # the caller's memory is its own again
-    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    assert equal_states(cpu.state_dict(), replay.state_dict())
 
 
-@pytest.mark.gpu
-@no_gpu
-def test_runs_are_bitwise_alike():
+def test_a_replay_may_go_before_its_work_is_done(cuda):
+    for options in ({}, {"storage": "host"}, {"prioritized": True}):
+        _, replay = pair(200, (4, 8), steps=20, **options)
+        rng = np.random.default_rng(0)
+        replay.sample(1)  # the first one looks whether there is something to draw
+        cuda.slowly()
+        for _ in range(6):
+            replay.add(frames_of(rng, shape=(4, 8)), *Games(2, rng).step()[1:])
+        batch = replay.sample(32)
+        del replay
+        assert batch.obs.cpu().any()
+
+
+def test_runs_are_bitwise_alike(cuda):
     def run():
-        _, cuda = pair(600, (84, 84), steps=100, prioritized=True)
+        _, replay = pair(600, (4, 8), steps=100, prioritized=True)
         rng = np.random.default_rng(3)
         for _ in range(20):
-            batch = cuda.sample(512)
+            batch = replay.sample(512)
             errors = torch.from_numpy(rng.random(512)).cuda()
-            cuda.update_priorities(batch.indices, errors)  # many duplicates
-        return cuda.state_dict(), batch
+            replay.update_priorities(batch.indices, errors)  # many duplicates
+        return replay.state_dict(), batch
 
     (state, batch), (other_state, other_batch) = run(), run()
     assert equal_states(state, other_state) and equal(batch, other_batch)
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_threads_that_use_one_replay():
+    """One adds on a stream of its own while another samples and waits."""
+    _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
+    rng, stream, stop = np.random.default_rng(0), torch.cuda.Stream(), threading.Event()
+    rows = [(frames_of(rng), *Games(2, rng).step()[1:]) for _ in range(50)]
+    added = []
+
+    def act():
+        with torch.cuda.stream(stream):
+            while not stop.is_set():
+                replay.add(*rows[len(added) % 50])
+                added.append(1)
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    for _ in range(300):
+        batch = replay.sample(64)
+        replay.update_priorities(batch.indices, batch.rewards)
+        replay.check()
+    stop.set()
+    thread.join()
+    torch.cuda.synchronize()
+    assert len(added) > 0 and replay._ring.head == (20 + len(added)) % replay.rows
+    assert replay._ring.calls == 300
+    replay._tree.check_valid()
 
 
 @pytest.mark.gpu
