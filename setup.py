@@ -68,11 +68,11 @@ def extensions(nvcc):
 
 
 def run_nvcc(*arguments):
-    """Its output; RuntimeError with the end of it if it fails."""
+    """Its output; RuntimeError with it if it fails."""
     result = subprocess.run(arguments, capture_output=True, text=True)
     output = result.stdout + result.stderr
     if result.returncode != 0:
-        raise RuntimeError(f"nvcc: {output.strip()[-400:]}")
+        raise RuntimeError(f"nvcc: {output.strip()}")
     return output
 
 
@@ -119,9 +119,9 @@ class BuildExt(build_ext):
         try:
             step(*args)
         except Exception as error:
-            reason = str(error).replace("\n", " ")[:300]
             if name.endswith("_cuda") and WANTED == "1":
-                sys.exit(f"fastreplay: FASTREPLAY_CUDA=1, but the CUDA build failed: {reason}")
+                sys.exit(f"fastreplay: FASTREPLAY_CUDA=1, but the CUDA build failed: {error}")
+            reason = str(error).replace("\n", " ")[:300]
             lost = "--buffer numpy"
             if name.endswith("_cuda"):
                 lost = "--buffer cpp; the rest is compiled (FASTREPLAY_CUDA=0 does not try)"

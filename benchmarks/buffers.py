@@ -230,6 +230,11 @@ def measure_capacities(args):
 
 def work(args):
     """One peer, in its own process: prints a line of JSON."""
+    if args.device == "cuda":
+        import buffers_cuda
+
+        print(json.dumps({"result": buffers_cuda.SIDES[args.worker](args)}))
+        return
     peer = PEERS.get(args.worker)
     if args.cleanrl:
         sys.path.insert(0, args.cleanrl)
@@ -278,10 +283,11 @@ def run_worker(name, args):
         python = make_environment(peer, folder, source)
     command = [python, __file__, "--worker", name, "--capacity", args.capacity]
     command += ["--repeats", args.repeats, "--seconds", args.seconds, "--cleanrl", args.cleanrl]
-    command += ["--capacities", *args.capacities]
+    command += ["--capacities", *args.capacities, "--device", args.device]
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    limit = 3600 if args.device == "cpu" else 90
     run = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=3600
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=limit
     )
     if run.returncode != 0:
         lines = run.stderr.strip().splitlines() or ["ended without a word"]
@@ -433,11 +439,24 @@ def on_gpu(args):
 
     if not torch.cuda.is_available():
         sys.exit("error: --device cuda needs a GPU that torch sees; leave it out on this machine.")
-    sides = buffers_cuda.run(args)
-    text = buffers_cuda.table(sides)
-    print(text)
-    if args.record:
-        write_record(args.record, {"sides": rounded(sides)}, text)
+    sides = {}
+    for name in args.peers or buffers_cuda.SIDES:
+        print(name, flush=True)
+        sides[name] = attempt(name, args)
+        if args.record:
+            write_record(args.record, {"sides": sides}, buffers_cuda.table(sides))
+    print(buffers_cuda.table(sides))
+    missing = [name for name in buffers_cuda.OWN if "error" in sides.get(name, {})]
+    if missing:
+        sys.exit(f"error: not measured: {', '.join(missing)}")
+
+
+def attempt(name, args):
+    """What one side's process measured, or its error."""
+    try:
+        return run_worker(name, args)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        return {"error": str(error).replace(sys.executable, "python")}
 
 
 def main():
@@ -473,10 +492,7 @@ def main():
     rows = {}
     for name in (bar := tqdm(names)):
         bar.set_description(name)
-        try:
-            rows[name] = run_worker(name, args)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            rows[name] = {"error": str(error)}
+        rows[name] = attempt(name, args)
     print(table(rows))
     if args.record:
         write_record(args.record, {"rows": rounded(rows)}, table(rows))

@@ -3,12 +3,14 @@
 Frames and priorities on the GPU, 84x84, stacks of 4, prioritized, --capacity transitions, beside
 TorchRL's and Flashbax's buffers on the GPU, where they are installed, plain torch indexing of whole
 stacks, and cumsum + searchsorted. The limits are a copy on the device, a copy over the bus, and a
-CUDA graph of empty kernels.
+CUDA graph of empty kernels. Each side is a process of its own, and is recorded as soon as it is
+done.
 
 A time is that of many calls in a row that end with one synchronisation, divided by their number:
 what a training loop pays that does not wait for each. `captured` is the same as one CUDA graph.
 """
 
+import itertools
 import os
 import time
 
@@ -21,9 +23,11 @@ STACK = 4
 NUM_ENVS = 8
 CYCLE = 32
 SIZES = (32, 256, 4096)
+# Filling it takes longest; what a sample costs does not depend on how full it is.
+FLASHBAX_CAPACITY, FLASHBAX_ROWS = 100_000, 20_000
 
 
-def blocks_of(call, args, calls=None):
+def blocks_of(call, args):
     """Seconds a call, one number for each of `args.repeats` blocks."""
     for _ in range(10):
         call()
@@ -32,7 +36,7 @@ def blocks_of(call, args, calls=None):
     call()
     torch.cuda.synchronize()
     once = time.perf_counter() - start
-    calls = calls or int(min(2000, max(20, args.seconds / args.repeats / max(once, 1e-6))))
+    calls = int(min(2000, max(20, args.seconds / args.repeats / max(once, 1e-6))))
     blocks = []
     for _ in range(args.repeats):
         torch.cuda.synchronize()
@@ -70,20 +74,23 @@ def rows(random):
         t += 1
 
 
-def filled_replay(args, **options):
+def filled_replay(args, capacity=None, prioritized=True, **options):
     from fastreplay import FrameReplay
 
-    replay = FrameReplay(
-        args.capacity, (84, 84), NUM_ENVS, prioritized=True, device="cuda", **options
-    )
+    options |= {"prioritized": prioritized, "device": "cuda"}
+    replay = FrameReplay(capacity or args.capacity, (84, 84), NUM_ENVS, **options)
     source = rows(np.random.default_rng(0))
-    for _ in range(args.capacity // NUM_ENVS):
+    for _ in range(replay.rows):
         replay.add(*next(source))
     return replay, source
 
 
 def measure_fastreplay(args):
-    torch.cuda.reset_peak_memory_stats()
+    small, _ = filled_replay(args, capacity=800, n_step=3)  # loads what is loaded but once
+    small.sample(32)
+    del small
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info()[0]
     replay, source = filled_replay(args, n_step=3, storage="device")
     result = {"bytes": (before - torch.cuda.mem_get_info()[0]) / args.capacity}
@@ -106,38 +113,43 @@ def measure_fastreplay(args):
 
 
 def measure_gather(args):
-    """Uniform draws of stack + 1 = 5 frames each, by turns with a copy of as many bytes."""
-    from fastreplay import FrameReplay
+    """Uniform draws of stack + 1 = 5 frames each, beside a copy of as many bytes.
 
+    On the device, copies of a small batch stay in the cache: a limit that no gather from a large
+    replay can reach.
+    """
     result = {}
     for storage in ("device", "host"):
-        replay = FrameReplay(args.capacity, (84, 84), NUM_ENVS, device="cuda", storage=storage)
-        source = rows(np.random.default_rng(0))
-        for _ in range(args.capacity // NUM_ENVS):
-            replay.add(*next(source))
+        replay, _ = filled_replay(args, prioritized=False, storage=storage)
         for n in SIZES:
-            size = n * (STACK + 1) * FRAME_BYTES
-            pin = storage == "host"
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-            memory = memory if pin else memory.cuda()
+            size = gathered_bytes(n)
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=True).random_()
+            memory = memory if storage == "host" else memory.cuda()
             target = torch.empty(size, dtype=torch.uint8, device="cuda")
             batch = replay.sample(n)
+
+            def copy(target=target, memory=memory):
+                target.copy_(memory, non_blocking=True)
+
             gather = captured(lambda b=batch, n=n, r=replay: r.sample(n, out=b))
-            copy = captured(lambda t=target, m=memory: t.copy_(m, non_blocking=True))
             result[f"{storage} gather {n}"] = blocks_of(gather, args)
             result[f"{storage} copy {n}"] = blocks_of(copy, args)
+            result[f"{storage} captured copy {n}"] = blocks_of(captured(copy), args)
         replay.check()
         del replay, batch, gather
     return result
 
 
+def gathered_bytes(n):
+    return n * (STACK + 1) * FRAME_BYTES
+
+
 def measure_empty_graph(args):
     """A graph of two kernels that do nothing: what a captured sample and update cost at least."""
-    one = torch.zeros(1, device="cuda")
 
     def nothing():
-        one.zero_()
-        one.zero_()
+        torch.cuda._sleep(0)
+        torch.cuda._sleep(0)
 
     return {"captured cycle 32": blocks_of(captured(nothing), args)}
 
@@ -148,11 +160,12 @@ def measure_torchrl(args):
 
     storage = LazyTensorStorage(args.capacity, device="cuda")
     buffer = TensorDictPrioritizedReplayBuffer(alpha=0.6, beta=0.4, storage=storage)
-    obs = torch.randint(0, 256, (64, STACK, 84, 84), dtype=torch.uint8, device="cuda")
-    for _ in range(args.capacity // 64):
-        after = {"obs": obs, "reward": torch.zeros(64, device="cuda")}
-        now = {"obs": obs, "action": torch.zeros(64, dtype=torch.int64, device="cuda")}
-        buffer.extend(TensorDict(now | {"next": after}, batch_size=[64]))
+    some = min(4000, args.capacity)
+    obs = torch.randint(0, 256, (some, STACK, 84, 84), dtype=torch.uint8, device="cuda")
+    for _ in range(args.capacity // some):
+        after = {"obs": obs, "reward": torch.zeros(some, device="cuda")}
+        now = {"obs": obs, "action": torch.zeros(some, dtype=torch.int64, device="cuda")}
+        buffer.extend(TensorDict(now | {"next": after}, batch_size=[some]))
     errors = torch.rand(4096, device="cuda")
     result = {}
     for n in SIZES:
@@ -177,16 +190,19 @@ def measure_flashbax(args):
     class OnGpu(Flashbax):
         device = "gpu"
 
-    buffer, stream = OnGpu(args.capacity), Stream(NUM_ENVS)
-    for _ in range(args.capacity // NUM_ENVS):
+        def update(self, batch, td_error):  # waits for nothing, like the others
+            self.state = self.update_jit(self.state, batch[2].indices, td_error)
+
+    buffer, stream = OnGpu(min(args.capacity, FLASHBAX_CAPACITY)), Stream(NUM_ENVS)
+    for _ in range(min(args.capacity, FLASHBAX_ROWS) // NUM_ENVS):
         buffer.add(stream.step())
-    errors = np.random.default_rng(0).random(max(SIZES)).astype(np.float32)
     result = {}
     for n in SIZES:
-        result[f"sample {n}"] = blocks_of(lambda n=n: buffer.sample(n), args)
-        result[f"cycle {n}"] = blocks_of(
-            lambda n=n: buffer.update(buffer.sample(n), errors[:n]), args
-        )
+        errors = jax.random.uniform(jax.random.PRNGKey(0), (n,))
+        sample = lambda n=n: buffer.sample(n)  # noqa: E731
+        cycle = lambda n=n, e=errors: buffer.update(buffer.sample(n), e)  # noqa: E731
+        for name, call in ((f"sample {n}", sample), (f"cycle {n}", cycle)):
+            result[name] = blocks_of(call, args)
     return result
 
 
@@ -228,11 +244,13 @@ def measure_trees(args):
             peer = CudaSumSegmentTreeFp32(size, torch.device("cuda"))
             peer[everything] = torch.rand(size, device="cuda")
 
-            def scan(n, peer=peer, size=size):
-                return peer.scan_lower_bound(torch.rand(n, device="cuda") * peer.query(0, size))
+            ends = [torch.full((), end, dtype=torch.int64, device="cuda") for end in (0, size)]
+
+            def scan(n, peer=peer, ends=ends):  # as its sampler calls it: nothing waits
+                return peer.scan_lower_bound(torch.rand(n, device="cuda") * peer.query(*ends))
 
             sides["TorchRL"] = (scan, peer.__setitem__)
-        except (ImportError, TypeError) as error:  # TypeError: the wheel has no CUDA tree
+        except Exception as error:  # the wheel has no CUDA tree
             result[f"TorchRL 2^{power}"] = f"not measured: {error}"
         for side, (sample, update) in sides.items():
             for n in SIZES:
@@ -240,7 +258,7 @@ def measure_trees(args):
                     (torch.randint(size, (n,), device="cuda"), torch.rand(n, device="cuda"))
                     for _ in range(16)
                 ]
-                turn = iter(range(10**9))
+                turn = itertools.count()
                 key = f"{side} 2^{power}"
                 result[f"{key} sample {n}"] = blocks_of(lambda n=n, s=sample: s(n), args)
                 result[f"{key} set {n}"] = blocks_of(
@@ -253,13 +271,14 @@ def measure_trees(args):
 
 SIDES = {
     "fastreplay": measure_fastreplay,
-    "gather": measure_gather,
     "graph of two empty kernels": measure_empty_graph,
+    "gather": measure_gather,
+    "trees": measure_trees,
+    "torch indexing": measure_indexing,
     "TorchRL, on the GPU": measure_torchrl,
     "Flashbax, on the GPU": measure_flashbax,
-    "torch indexing": measure_indexing,
-    "trees": measure_trees,
 }
+OWN = ("fastreplay", "graph of two empty kernels", "gather", "trees")  # must be measured
 
 
 def middle(blocks):
@@ -267,49 +286,48 @@ def middle(blocks):
 
 
 def table(sides):
-    """Markdown: everything measured, in microseconds, and the ratios that matter."""
-    lines = ["# Replay on the GPU", "", "Median microseconds a call.", ""]
+    """Markdown: what matters, then everything that was measured."""
+    results = {name: row["result"] for name, row in sides.items() if "result" in row}
+    lines = ["# Replay on the GPU", "", *ratios(results), "", "Median microseconds a call.", ""]
     lines += ["| side | what | microseconds |", "|---|---|---:|"]
-    for side, result in sides.items():
-        if "error" in result:
-            lines.append(f"| {side} | {result['error']} | |")
-            continue
-        for what, value in result.items():
+    for side, row in sides.items():
+        if "error" in row:
+            lines.append(f"| {side} | {row['error']} | |")
+        for what, value in row.get("result", {}).items():
             if isinstance(value, str):
-                lines.append(f"| {what} | {value} | |")
+                lines.append(f"| {side} | {what} | {value} |")
             elif isinstance(value, list):
                 lines.append(f"| {side} | {what} | {middle(value):.2f} |")
             else:
-                lines.append(f"| {side} | {what} each | {value:.0f} |")
-    own, peer = sides.get("fastreplay", {}), sides.get("TorchRL, on the GPU", {})
-    empty = sides.get("graph of two empty kernels", {})
-    ratios = []
-    if "cycle 32" in own and "cycle 32" in peer:
-        ratio = middle(peer["cycle 32"]) / middle(own["cycle 32"])
-        ratios.append(f"Prioritized cycle of 32: {ratio:.1f} times as fast as TorchRL's.")
-    if "captured cycle 32" in own and "captured cycle 32" in empty:
-        ratio = middle(own["captured cycle 32"]) / middle(empty["captured cycle 32"])
-        ratios.append(f"Captured, it takes {ratio:.2f} times a graph of two empty kernels.")
-    gather = sides.get("gather", {})
+                lines.append(f"| {side} | {what} a transition | {value:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def ratios(results):
+    """Sentences about the sides that were measured."""
+
+    def of(side, what):
+        value = results.get(side, {}).get(what)
+        return middle(value) if isinstance(value, list) else float("nan")
+
+    own, gather, trees = "fastreplay", "gather", "trees"
+    cycle, captured_cycle = of(own, "cycle 32"), of(own, "captured cycle 32")
+    times = of("TorchRL, on the GPU", "cycle 32") / cycle
+    yield f"- Prioritized cycle of 32: {times:.1f} times as fast as TorchRL's."
+    times = captured_cycle / of("graph of two empty kernels", "captured cycle 32")
+    yield f"- Captured, it takes {times:.2f} times a graph of two empty kernels."
     for storage in ("device", "host"):
-        if f"{storage} gather 4096" in gather:
-            ratio = middle(gather[f"{storage} copy 4096"]) / middle(
-                gather[f"{storage} gather 4096"]
-            )
-            ratios.append(
-                f"Gather of 4096 from {storage} storage: {ratio:.0%} of a plain copy's rate."
-            )
-    return "\n".join([*lines, "", *ratios]) + "\n"
-
-
-def run(args):
-    """-> {side: {what: blocks of seconds}}"""
-    sides = {}
-    for name, measure in SIDES.items():
-        print(name, flush=True)
-        try:
-            sides[name] = measure(args)
-        except (ImportError, RuntimeError, TypeError) as error:
-            sides[name] = {"error": f"not measured: {str(error).strip().splitlines()[0][:120]}"}
-        torch.cuda.empty_cache()
-    return sides
+        names = [f"{storage} {copy} 4096" for copy in ("copy", "captured copy")]
+        seconds, copy = of(gather, f"{storage} gather 4096"), min(of(gather, x) for x in names)
+        rate = gathered_bytes(4096) / seconds / 1e3  # bytes a microsecond / 1000: GB/s
+        yield (
+            f"- Gather of 4096 from {storage} storage: {copy / seconds:.0%} of a plain copy's rate "
+            f"({rate:.0f} GB/s out)."
+        )
+    yield f"- Bytes of the GPU a transition: {results.get(own, {}).get('bytes', float('nan')):.1f}."
+    for power, kind, n in itertools.product((20, 24), ("sample", "set"), SIZES):
+        mine = of(trees, f"fastreplay 2^{power} {kind} {n}")
+        peers = (("TorchRL", "TorchRL's"), ("cumsum + searchsorted", "cumsum + searchsorted"))
+        found = [(words, of(trees, f"{name} 2^{power} {kind} {n}") / mine) for name, words in peers]
+        said = ", ".join(f"{times:.2f} times as fast as {words}" for words, times in found)
+        yield f"- Tree of 2^{power}, {kind} {n}: {said}."

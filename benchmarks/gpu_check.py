@@ -19,10 +19,15 @@ def main():
         ((7, 9), {"prioritized": True, "stack": 3, "output_dtype": torch.float16}),
         ((84, 84), {"output_dtype": torch.float32, "memory_format": torch.channels_last}),
         ((7, 9), {"output_dtype": torch.float32, "memory_format": torch.channels_last, "stack": 3}),
+        ((84, 84), {"output_dtype": torch.float32, "n_step": 2}),
+        ((84, 84), {"output_dtype": torch.float16}),
+        ((4,), {"frame_dtype": torch.float32, "stack": None, "prioritized": True}),
     ):
         replay = FrameReplay(200, shape, num_envs=4, device="cuda", **options)
         for step in range(70):
             row = rows(4, shape, rng)
+            if options.get("frame_dtype") == torch.float32:
+                row = (row[0].astype(np.float32), *row[1:])
             replay.add(*(row if step % 2 else (torch.as_tensor(x).cuda() for x in row)))
         for batch_size in (1, 33, 600):
             batch = replay.sample(batch_size)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 PACKAGES = "torch numpy gymnasium ale-py stable-baselines3 opencv-python-headless".split()
+GPU_PACKAGES = "torchrl tensordict jax flashbax".split()
 
 
 def describe() -> dict:
@@ -27,17 +28,38 @@ def describe() -> dict:
         if Path(file).exists():
             lines = Path(file).read_text().splitlines()
             info[name] = next((x.split(":")[1].strip() for x in lines if x.startswith(key)), None)
-    for package in PACKAGES:
+    info |= gpu()
+    for package in [*PACKAGES, *(GPU_PACKAGES if "gpu" in info else [])]:
         try:
             info[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             info[package] = None
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        info["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
-        info["commit"] = None
+        commit = ""
+    info["commit"] = commit or os.environ.get("COMMIT")  # where the sources are no repository
     return info
+
+
+def gpu() -> dict:
+    """The GPU that torch takes first, its driver and the toolkit; nothing where there is none."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available():
+        return {}
+    nvidia_smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = {"gpu": torch.cuda.get_device_name(), "torch's CUDA": torch.version.cuda}
+    for name, command in (("driver", nvidia_smi), ("nvcc", ["nvcc", "--version"])):
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+            found[name] = next((x for x in reversed(lines) if x.strip()), None)
+        except OSError:
+            found[name] = None
+    return found
 
 
 def write_record(folder: str | Path, results: dict, table: str) -> None:

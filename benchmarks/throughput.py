@@ -179,6 +179,15 @@ def drift_ms():
     return min(times) * 1e3
 
 
+def run(command, folder, limit):
+    """-> what it printed, and its errors."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return "", f"took longer than {limit:.0f} s"
+    return done.stdout, done.stderr
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=TASKS, default="atari")
@@ -206,10 +215,10 @@ def main():
             command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--work", side]
             command += ["--cleanrl", args.cleanrl] if args.cleanrl else []  # of any folder
             with tempfile.TemporaryDirectory() as folder:
-                done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            lines = [x for x in done.stdout.splitlines() if x.startswith('{"steps_per_second"')]
+                output, words = run(command, folder, limit=60 + 10 * args.seconds)
+            lines = [x for x in output.splitlines() if x.startswith('{"steps_per_second"')]
             if not lines:
-                missing[side] = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                missing[side] = (words.strip().splitlines() or ["no output"])[-1]
                 print(f"{side}: not measured: {missing[side]}", flush=True)
                 continue
             rates[side].append(json.loads(lines[-1])["steps_per_second"])
@@ -243,6 +252,8 @@ def main():
         results = {"cleanrl_commit": commit}
         results |= {"steps_per_second": rates, "drift_ms": drift, "task": TASKS[args.task]}
         write_record(args.record, results, "\n".join(table))
+    if any(side.startswith("CleanQ") for side in missing):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

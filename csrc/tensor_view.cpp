@@ -187,6 +187,7 @@ int64_t TensorView::numel() const {
 }
 
 bool TensorView::contiguous_from(int first) const {
+  if (numel() == 0) return true;  // whose strides may be anything
   int64_t stride = 1;
   for (int d = ndim - 1; d >= first; --d) {
     if (shape[d] != 1 && strides[d] != stride) return false;

@@ -269,7 +269,7 @@ def test_a_gpu_that_cannot_be_used_is_named(monkeypatch):
         raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
 
     monkeypatch.setattr(module, "free_memory", too_old)
-    with pytest.raises(RuntimeError, match="insufficient.*newer driver"):
+    with pytest.raises(RuntimeError, match=r"insufficient.*newer driver"):
         FrameReplay(9, (2, 2), device="cuda")
 
 
