@@ -45,18 +45,31 @@ __device__ inline void report(Counters* counters, uint32_t error, int64_t culpri
   atomicOr(&counters->error, error);
 }
 
-// Whether this block is the last of its grid to come here. It then sees what the others have
-// written before, through atomics and volatile reads. All threads of a block get the same answer.
+// For one thread of each block: fetches its number. What the block has done before the barrier that
+// lies before this is then done for the last of all to fetch one.
+__device__ inline unsigned take_ticket(Counters* counters) {
+  if (gridDim.x * gridDim.y == 1) return 0;  // a barrier orders the threads of one block
+  __threadfence();
+  return atomicAdd(&counters->ticket, 1u);
+}
+
+// For the same thread. If it is the last, its block, behind one more barrier, sees what the others
+// have done, through atomics and volatile reads.
+__device__ inline bool is_last_ticket(Counters* counters, unsigned ticket) {
+  const unsigned blocks = gridDim.x * gridDim.y;
+  if (ticket != blocks - 1) return false;
+  if (blocks == 1) return true;
+  __threadfence();
+  counters->ticket = 0;
+  return true;
+}
+
+// Whether this block is the last of its grid to come here. All its threads get the same answer.
 __device__ inline bool is_last_block(Counters* counters) {
   FR_SHARED(bool, last);
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(&counters->ticket, 1u) == gridDim.x * gridDim.y - 1;
-    if (last) counters->ticket = 0;
-  }
+  if (threadIdx.x == 0) last = is_last_ticket(counters, take_ticket(counters));
   __syncthreads();
-  __threadfence();
   return last;
 }
 
