@@ -6,6 +6,7 @@ namespace fastreplay {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kPlanners = 32;     // of these: the first warp, which copies nothing
 constexpr int kInFlight = 4;      // loads of a thread before its first store
 constexpr int kMostParts = 8;     // blocks that share one sample
 constexpr int kManyBlocks = 512;  // enough to fill a device
@@ -69,13 +70,30 @@ struct Pixel<Output::kFloat32> {
   static __device__ Type of(uint8_t byte, float scale) { return static_cast<float>(byte) * scale; }
 };
 
-constexpr int64_t kBlank = -1;
+// Frames of rows that follow each other, except where the ring wraps around.
+struct Stack {
+  int64_t first;  // the flat row of the oldest frame, had the ring not wrapped around
+  int wrapped;    // so many frames lie `rows` further on
+  int blanks;     // so many, those before the opening frame, are zeros
+};
 
 // What the first warp of a block finds out for the others.
 struct Plan {
-  int64_t index;        // the row, or -1
-  bool able;            // there was something to draw
-  int64_t sources[16];  // flat rows of the frames to write, kBlank before the opening frame
+  int64_t index;    // the row, or -1
+  int64_t game;     // the first row of its game
+  Window window;    //
+  Stack stacks[2];  // of obs and next_obs, or one for the block that they share
+};
+
+// What a thread writes together with others, maybe of several blocks.
+struct Part {
+  const uint8_t* frames;  // of row 0
+  int64_t frame_bytes, rows;
+  Stack stack;
+  int count;  // frames of the stack
+  float scale;
+  uint8_t* out;
+  int thread, threads;  // which one this is, of how many
 };
 
 // Row `back` steps before `slot`.
@@ -83,62 +101,64 @@ __device__ int64_t earlier(int64_t slot, int64_t back, int64_t rows) {
   return slot >= back ? slot - back : slot - back + rows;
 }
 
-// Copies frames from `sources` to `out`, one after the other, kBytes of them at a time.
+// Copies frames one after the other, kBytes of them at a time.
 template <Output kOutput, int kBytes>
-__device__ void copy_frames(const uint8_t* frames, int64_t frame_bytes, const int64_t* sources,
-                            int count, float scale, uint8_t* out) {
+__device__ void copy_frames(const Part& part) {
   using Load = typename Chunk<kBytes>::Type;
   using Store = typename Chunk<kBytes * expansion(kOutput)>::Type;
   using To = typename Pixel<kOutput>::Type;
-  const int a_frame = static_cast<int>(frame_bytes / kBytes), all = count * a_frame;
-  const int threads = static_cast<int>(blockDim.x * gridDim.y);
-  Store* const to = reinterpret_cast<Store*>(out);
-  for (int first = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x); first < all;
-       first += threads * kInFlight) {
+  const int a_frame = static_cast<int>(part.frame_bytes / kBytes), all = part.count * a_frame;
+  const int blank = part.stack.blanks * a_frame, wrapped = part.stack.wrapped * a_frame;
+  const Load* const late = reinterpret_cast<const Load*>(part.frames) + part.stack.first * a_frame;
+  const Load* const early = late + part.rows * a_frame;
+  Store* const to = reinterpret_cast<Store*>(part.out);
+  for (int first = part.thread; first < all; first += part.threads * kInFlight) {
     Load loads[kInFlight];
-    bool blank[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const int at = first + j * threads;
-      const int64_t source = at < all ? sources[at / a_frame] : kBlank;
-      blank[j] = source == kBlank;
-      if (blank[j]) continue;
-      loads[j] = reinterpret_cast<const Load*>(frames + source * frame_bytes)[at % a_frame];
+      const int at = first + j * part.threads;
+      loads[j] = zero_chunk<Load>();
+      if (at >= blank && at < all) loads[j] = (at < wrapped ? early : late)[at];
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const int at = first + j * threads;
+      const int at = first + j * part.threads;
       if (at >= all) break;
-      Store store = zero_chunk<Store>();
-      if (!blank[j]) {
-        uint8_t bytes[kBytes];
-        To pixels[kBytes];
-        memcpy(bytes, &loads[j], sizeof bytes);
+      uint8_t bytes[kBytes];
+      To pixels[kBytes];
+      memcpy(bytes, &loads[j], sizeof bytes);
 #pragma unroll
-        for (int i = 0; i < kBytes; ++i) pixels[i] = Pixel<kOutput>::of(bytes[i], scale);
-        memcpy(&store, pixels, sizeof store);
-      }
+      for (int i = 0; i < kBytes; ++i) pixels[i] = Pixel<kOutput>::of(bytes[i], part.scale);
+      Store store;
+      memcpy(&store, pixels, sizeof store);
       to[at] = store;
     }
   }
 }
 
+// Where a frame of the stack begins, or null if it is blank.
+__device__ const uint8_t* find_frame(const Part& part, int frame) {
+  if (frame < part.stack.blanks) return nullptr;
+  const int64_t row = part.stack.first + frame + (frame < part.stack.wrapped ? part.rows : 0);
+  return part.frames + row * part.frame_bytes;
+}
+
 // Interleaves four frames; a store is 16 bytes.
 template <Output kOutput>
-__device__ void interleave_four(const uint8_t* frames, int64_t frame_bytes, const int64_t* sources,
-                                float scale, uint8_t* out) {
+__device__ void interleave_four(const Part& part) {
   constexpr int kPixels = 4 / expansion(kOutput);
   using Load = typename Chunk<kPixels>::Type;
   using To = typename Pixel<kOutput>::Type;
-  const int all = static_cast<int>(frame_bytes / kPixels);
-  const int threads = static_cast<int>(blockDim.x * gridDim.y);
-  for (int at = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x); at < all; at += threads) {
+  const Load* from[4];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) from[s] = reinterpret_cast<const Load*>(find_frame(part, s));
+  const int all = static_cast<int>(part.frame_bytes / kPixels);
+  for (int at = part.thread; at < all; at += part.threads) {
     Load loads[4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       loads[s] = zero_chunk<Load>();
-      if (sources[s] == kBlank) continue;
-      loads[s] = reinterpret_cast<const Load*>(frames + sources[s] * frame_bytes)[at];
+      if (from[s] != nullptr) loads[s] = from[s][at];
     }
     To pixels[4 * kPixels];
 #pragma unroll
@@ -146,49 +166,30 @@ __device__ void interleave_four(const uint8_t* frames, int64_t frame_bytes, cons
       uint8_t bytes[kPixels];
       memcpy(bytes, &loads[s], sizeof bytes);
 #pragma unroll
-      for (int i = 0; i < kPixels; ++i) pixels[4 * i + s] = Pixel<kOutput>::of(bytes[i], scale);
+      for (int i = 0; i < kPixels; ++i) {
+        pixels[4 * i + s] = Pixel<kOutput>::of(bytes[i], part.scale);
+      }
     }
     uint4 store;
     memcpy(&store, pixels, sizeof store);
-    reinterpret_cast<uint4*>(out)[at] = store;
+    reinterpret_cast<uint4*>(part.out)[at] = store;
   }
 }
 
 // Interleaves any number of frames, one element at a time.
 template <Output kOutput>
-__device__ void interleave_any(const uint8_t* frames, int64_t frame_bytes, const int64_t* sources,
-                               int stack, float scale, uint8_t* out) {
+__device__ void interleave_any(const Part& part) {
   using To = typename Pixel<kOutput>::Type;
-  const int all = static_cast<int>(frame_bytes) * stack;
-  const int threads = static_cast<int>(blockDim.x * gridDim.y);
-  for (int at = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x); at < all; at += threads) {
-    const int64_t source = sources[at % stack];
-    const uint8_t byte = source == kBlank ? 0 : frames[source * frame_bytes + at / stack];
-    reinterpret_cast<To*>(out)[at] = Pixel<kOutput>::of(byte, scale);
+  const int all = static_cast<int>(part.frame_bytes) * part.count;
+  for (int at = part.thread; at < all; at += part.threads) {
+    const uint8_t* const frame = find_frame(part, at % part.count);
+    const uint8_t byte = frame == nullptr ? 0 : frame[at / part.count];
+    reinterpret_cast<To*>(part.out)[at] = Pixel<kOutput>::of(byte, part.scale);
   }
 }
 
 __device__ bool is_aligned(const void* pointer, int64_t stride, int bytes) {
   return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride)) % bytes == 0;
-}
-
-template <Output kOutput>
-__device__ void write_frames(const DeviceRing& ring, const FrameOutput& format, const int64_t* plan,
-                             int count, uint8_t* out, bool aligned) {
-  const int64_t bytes = ring.layout.frame_bytes;
-  const uint8_t* frames = ring.memory.frames;
-  constexpr int kWide = 16 / expansion(kOutput);
-  if (format.channels_last) {
-    if (count == 4 && aligned && bytes % (4 / expansion(kOutput)) == 0) {
-      interleave_four<kOutput>(frames, bytes, plan, format.scale, out);
-    } else {
-      interleave_any<kOutput>(frames, bytes, plan, count, format.scale, out);
-    }
-  } else if (aligned && bytes % kWide == 0) {
-    copy_frames<kOutput, kWide>(frames, bytes, plan, count, format.scale, out);
-  } else {
-    copy_frames<kOutput, 1>(frames, bytes, plan, count, format.scale, out);
-  }
 }
 
 __device__ bool is_shared(const DeviceRing& ring, const SampleJob& job) {
@@ -232,136 +233,176 @@ __device__ int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, uint64_t 
   return 0;
 }
 
-// Draws or takes the row of a sample, writes what is not a frame, and plans the frames. By a whole
-// warp.
-__device__ void make_plan(const DeviceRing& ring, const DeviceTree& tree, const SampleJob& job,
-                          int64_t sample, int lane, Plan& plan) {
-  const bool writes = blockIdx.y == 0;
-  const bool prioritized = tree.nodes != nullptr;
+// Draws or takes the row of a sample, and plans its frames. By a whole warp. Returns whether there
+// was something to draw.
+__device__ bool make_plan(const DeviceRing& ring, const DeviceTree& tree, const SampleJob& job,
+                          const Strata& strata, int64_t sample, int lane, Plan& plan) {
+  const bool writes = blockIdx.y == 0 && lane == 0, prioritized = tree.nodes != nullptr;
   int64_t index = -1;
   bool able = true;
   uint32_t leaf = 0;
-  if (job.draw) {
-    able = ring.counters->n_drawable > 0;
+  if (job.draw && prioritized) {
     const uint64_t call = ring.counters->calls;
-    if (able && sample < job.n && prioritized) {
-      const uint64_t bits = random64(job.seed, call, static_cast<uint32_t>(sample), 0);
-      const Word total = tree_total(tree, lane);
-      const Found found = draw_leaf(tree, total, bits, job.stratified, sample, job.n, lane);
+    const Root root = read_root(tree, lane);
+    const uint64_t bits = random64(job.seed, call, static_cast<uint32_t>(sample), 0);
+    able = root.total > 0;
+    if (able && sample < job.n) {
+      const Found found = draw_leaf(tree, root, bits, strata, sample, lane);
       index = found.index;
       leaf = found.leaf;
-    } else if (able && sample < job.n) {
-      index = draw_uniform(ring, job.seed, call, sample, lane);
+    }
+  } else if (job.draw) {
+    able = ring.counters->n_drawable > 0;
+    if (able && sample < job.n) {
+      index = draw_uniform(ring, job.seed, ring.counters->calls, sample, lane);
     }
   } else if (sample < job.n) {
     index = job.indices[sample];
     const int64_t size = ring.layout.num_envs * ring.layout.rows;
     const bool fits = static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
     if (!fits || !(ring.memory.flags[index] & kDrawable)) {
-      if (lane == 0 && writes) {
-        report(ring.counters, fits ? kNotDrawable : kIndexOutOfRange, index);
-      }
+      if (writes) report(ring.counters, fits ? kNotDrawable : kIndexOutOfRange, index);
       index = -1;
     } else if (prioritized) {
       leaf = static_cast<uint32_t>(tree.nodes[index]);
     }
   }
-  if (lane == 0) {
-    plan.index = index;
-    plan.able = able;
-  }
-  if (sample >= job.n) return;
-  if (job.draw && lane == 0 && writes) job.indices[sample] = index < 0 ? 0 : index;
-  if (!job.gather) return;
+  if (sample >= job.n) return able;
+  if (writes && job.draw) job.indices[sample] = index < 0 ? 0 : index;
+  if (!job.gather) return able;
+  // The leaf itself, until those of all samples are known.
+  if (writes && prioritized) reinterpret_cast<uint32_t*>(job.is_weights)[sample] = leaf;
 
   const int64_t rows = ring.layout.rows;
-  const int64_t game = index < 0 ? 0 : index / rows, slot = index < 0 ? 0 : index % rows;
-  const Ring now{ring.memory.flags + game * rows, rows, ring.counters->stored, ring.counters->head};
-  const int stack = ring.layout.stack;
+  const int64_t game = index < 0 ? 0 : index / rows * rows, slot = index < 0 ? 0 : index - game;
+  const Ring now{ring.memory.flags + game, rows, ring.counters->stored, ring.counters->head};
   Window window{slot, 0, true};
-  int depth = -1, next_depth = -1;
-  if (index >= 0) {  // the same in every lane: their loads fall together
-    window = walk_window(now, slot, ring.layout.n_step);
-    depth = stack_depth(now, slot, stack);
-    next_depth = stack_depth(now, window.end, stack);
+  if (index >= 0) window = walk_window(now, slot, ring.layout.n_step);  // alike in every lane
+  if (lane == 0) {
+    plan.index = index;
+    plan.game = game;
+    plan.window = window;
   }
-  // The frames of obs, then of next_obs; or the stack + 1 frames of their shared block.
+  // Lane 0 finds the frames of obs, lane 1 those of next_obs; or lane 0 those of the block that
+  // they share, which is a stack of one more frame.
   const bool shared = is_shared(ring, job);
-  const int frames = shared ? stack + 1 : 2 * stack;
-  if (lane < frames) {
-    const bool next = shared || lane >= stack;
-    const int64_t newest = next ? window.end : slot;
-    const int reach = shared ? depth + 1 : next ? next_depth : depth;
-    const int back = shared ? stack - lane : stack - 1 - lane % stack;
-    plan.sources[lane] =
-        index < 0 || back > reach ? kBlank : game * rows + earlier(newest, back, rows);
+  if (lane < (shared ? 1 : 2)) {
+    const int64_t newest = shared || lane == 1 ? window.end : slot;
+    const int count = shared ? ring.layout.stack + 1 : ring.layout.stack;
+    const int depth = index < 0 ? -1 : stack_depth(now, newest, count);
+    const int64_t oldest = newest - (count - 1);
+    plan.stacks[lane] = {game + oldest, oldest < 0 ? static_cast<int>(-oldest) : 0,
+                         count - 1 - depth};
   }
-  if (lane == 0 && writes) {
-    float sum = 0.0f;
-    int64_t row = slot;
-    for (int k = 0; k < window.steps; ++k, row = now.after(row)) {
-      sum += ring.powers[k] * ring.memory.rewards[game * rows + row];
-    }
-    job.batch.actions[sample] = index < 0 ? 0 : ring.memory.actions[index];
-    job.batch.rewards[sample] = sum;
-    job.batch.discounts[sample] = window.terminated ? 0.0f : ring.powers[window.steps];
-    if (prioritized) {  // the leaf itself, until those of all samples are known
-      reinterpret_cast<uint32_t*>(job.is_weights)[sample] = leaf;
+  return able;
+}
+
+// Writes the frames of a sample, by all threads but the first warp's. Half of them write obs and
+// half next_obs, unless these are one block.
+template <Output kOutput>
+__device__ void write_frames(const DeviceRing& ring, const SampleJob& job, int64_t sample,
+                             const Plan& plan) {
+  const bool shared = is_shared(ring, job);
+  const int copiers = static_cast<int>(blockDim.x) - kPlanners;
+  const int threads = shared ? copiers : copiers / 2;
+  const int thread = static_cast<int>(threadIdx.x) - kPlanners;
+  const bool next = thread >= threads;
+  uint8_t* const batch = next ? job.batch.next_obs : job.batch.obs;
+  const int64_t stride = next ? job.batch.next_obs_stride : job.batch.obs_stride;
+  const int64_t bytes = ring.layout.frame_bytes;
+  const Part part{ring.memory.frames,
+                  bytes,
+                  ring.layout.rows,
+                  plan.stacks[next],
+                  ring.layout.stack + shared,
+                  job.format.scale,
+                  batch + sample * stride,
+                  static_cast<int>(blockIdx.y) * threads + (next ? thread - threads : thread),
+                  static_cast<int>(gridDim.y) * threads};
+  constexpr int kExpansion = expansion(kOutput);
+  const bool aligned = is_aligned(batch, stride, 16);
+  if (job.format.channels_last) {
+    if (part.count == 4 && aligned && bytes % (4 / kExpansion) == 0) {
+      interleave_four<kOutput>(part);
     } else {
-      job.is_weights[sample] = index < 0 ? 0.0f : 1.0f;
+      interleave_any<kOutput>(part);
     }
+  } else if (aligned && bytes % (16 / kExpansion) == 0) {
+    copy_frames<kOutput, 16 / kExpansion>(part);
+  } else {
+    copy_frames<kOutput, 1>(part);
   }
+}
+
+// Writes what is neither a frame nor a leaf. By one thread.
+__device__ void write_numbers(const DeviceRing& ring, const SampleJob& job, bool prioritized,
+                              int64_t sample, const Plan& plan) {
+  const Window& window = plan.window;
+  const int64_t action = plan.index < 0 ? 0 : ring.memory.actions[plan.index];
+  const float discount = window.terminated ? 0.0f : ring.powers[window.steps];
+  const float* const rewards = ring.memory.rewards + plan.game;
+  float sum = 0.0f;
+  int64_t slot = plan.index - plan.game;
+  for (int k = 0; k < window.steps; ++k) {
+    sum += ring.powers[k] * rewards[slot];
+    slot = slot + 1 == ring.layout.rows ? 0 : slot + 1;
+  }
+  job.batch.actions[sample] = action;
+  job.batch.rewards[sample] = sum;
+  job.batch.discounts[sample] = discount;
+  if (!prioritized) job.is_weights[sample] = plan.index < 0 ? 0.0f : 1.0f;
 }
 
 // Leaves, as left by make_plan, to weights. By one block.
 __device__ void finish_weights(const SampleJob& job, double beta) {
   FR_SHARED(uint32_t, smallest);
   if (threadIdx.x == 0) smallest = UINT32_MAX;
+  const volatile uint32_t* const leaves = reinterpret_cast<volatile uint32_t*>(job.is_weights);
+  const int64_t first = threadIdx.x;
+  const uint32_t kept = first < job.n ? leaves[first] : 0;
   __syncthreads();
-  volatile uint32_t* const leaves = reinterpret_cast<volatile uint32_t*>(job.is_weights);
-  for (int64_t i = threadIdx.x; i < job.n; i += blockDim.x) {
-    const uint32_t leaf = leaves[i];
+  for (int64_t i = first; i < job.n; i += blockDim.x) {
+    const uint32_t leaf = i == first ? kept : leaves[i];
     if (leaf > 0) atomicMin(&smallest, leaf);
   }
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < job.n; i += blockDim.x) {
-    const uint32_t leaf = leaves[i];
-    const float weight = leaf > 0 ? importance_weight(smallest, leaf, beta) : 0.0f;
-    memcpy(&job.is_weights[i], &weight, sizeof weight);
+  for (int64_t i = first; i < job.n; i += blockDim.x) {
+    const uint32_t leaf = i == first ? kept : leaves[i];
+    job.is_weights[i] = leaf > 0 ? importance_weight(smallest, leaf, beta) : 0.0f;
   }
 }
 
 template <Output kOutput>
 __global__ void sample_kernel(const __grid_constant__ DeviceRing ring,
                               const __grid_constant__ DeviceTree tree,
-                              const __grid_constant__ SampleJob job) {
+                              const __grid_constant__ SampleJob job,
+                              const __grid_constant__ Strata strata) {
   FR_SHARED(Plan, plan);
+  FR_SHARED(bool, last);
   const int64_t sample = blockIdx.x;
-  if (threadIdx.x < 32) {
-    make_plan(ring, tree, job, sample, static_cast<int>(threadIdx.x), plan);
+  const bool gathers = job.gather && sample < job.n, prioritized = tree.nodes != nullptr;
+  bool able = true;
+  if (threadIdx.x < kPlanners) {
+    able = make_plan(ring, tree, job, strata, sample, static_cast<int>(threadIdx.x), plan);
   }
   __syncthreads();
-  if (job.gather && sample < job.n) {
-    const int stack = ring.layout.stack;
-    const bool obs_aligned = is_aligned(job.batch.obs, job.batch.obs_stride, 16);
-    uint8_t* const obs = job.batch.obs + sample * job.batch.obs_stride;
-    if (is_shared(ring, job)) {
-      write_frames<kOutput>(ring, job.format, plan.sources, stack + 1, obs, obs_aligned);
-    } else {
-      const bool next_aligned = is_aligned(job.batch.next_obs, job.batch.next_obs_stride, 16);
-      uint8_t* const next_obs = job.batch.next_obs + sample * job.batch.next_obs_stride;
-      write_frames<kOutput>(ring, job.format, plan.sources, stack, obs, obs_aligned);
-      write_frames<kOutput>(ring, job.format, plan.sources + stack, stack, next_obs, next_aligned);
+  if (threadIdx.x == 0) {
+    // What the last block needs of this one has been read and written: the frames need not be.
+    const unsigned ticket = take_ticket(ring.counters);
+    if (gathers && blockIdx.y == 0) write_numbers(ring, job, prioritized, sample, plan);
+    last = is_last_ticket(ring.counters, ticket);
+    if (last && job.draw) {
+      if (able) {
+        atomicAdd(reinterpret_cast<Word*>(&ring.counters->calls), Word{1});  // waits for nothing
+      } else {
+        report(ring.counters, kNothingToDraw, 0);
+      }
     }
+  } else if (threadIdx.x >= kPlanners && gathers) {
+    write_frames<kOutput>(ring, job, sample, plan);
   }
-  if (!is_last_block(ring.counters)) return;
-  if (job.gather && tree.nodes != nullptr) finish_weights(job, ring.counters->beta);
-  if (!job.draw || threadIdx.x > 0) return;
-  if (plan.able) {
-    ++ring.counters->calls;
-  } else {
-    report(ring.counters, kNothingToDraw, 0);
-  }
+  __syncthreads();
+  if (last && job.gather && prioritized) finish_weights(job, ring.counters->beta);
 }
 
 template <typename T>
@@ -468,16 +509,9 @@ __global__ void drawable_kernel(const __grid_constant__ DeviceRing ring, const i
 
 }  // namespace
 
-// One warp to kThreads for so many stores of 16 bytes.
-static int threads_for(int64_t stores) {
-  int threads = 32;
-  while (threads < kThreads && threads < stores) threads *= 2;
-  return threads;
-}
-
 void launch_add(const DeviceRing& ring, const DeviceTree& tree, const Row& row,
                 cudaStream_t stream) {
-  const int threads = threads_for(ring.layout.frame_bytes / 16);
+  const int threads = threads_for(ring.layout.frame_bytes / 16, kThreads);
   launch(add_kernel, blocks_for(ring.layout.num_envs, 1), threads, stream, ring, tree, row);
 }
 
@@ -485,16 +519,18 @@ void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJ
                    cudaStream_t stream) {
   const int64_t n = job.n < 1 ? 1 : job.n;
   const int64_t bytes = 2 * ring.layout.stack * ring.layout.frame_bytes;
-  const int64_t stores = bytes * expansion(job.format.output) / 16;
-  int64_t parts = job.gather ? stores / (kThreads * kInFlight) : 1;
-  parts = parts < kManyBlocks / n ? parts : kManyBlocks / n;
-  parts = parts < kMostParts ? parts : kMostParts;
-  const dim3 blocks(static_cast<unsigned>(n), static_cast<unsigned>(parts < 1 ? 1 : parts));
-  const int threads = threads_for(job.gather ? stores / kInFlight : 0);
-  void (*const kernels[])(DeviceRing, DeviceTree, SampleJob) = {
+  const int64_t stores = job.gather ? bytes * expansion(job.format.output) / 16 : 0;
+  // A planner, and where there is something to copy at least one more warp.
+  const int64_t copiers = stores / kInFlight < 32 ? 32 : stores / kInFlight;
+  const int threads = job.gather ? threads_for(kPlanners + copiers, kThreads) : kPlanners;
+  const int64_t most = kManyBlocks / n < kMostParts ? kManyBlocks / n : kMostParts;
+  const dim3 blocks(static_cast<unsigned>(n),
+                    blocks_for(stores, (kThreads - kPlanners) * kInFlight, most < 1 ? 1 : most));
+  void (*const kernels[])(DeviceRing, DeviceTree, SampleJob, Strata) = {
       sample_kernel<Output::kCopy>, sample_kernel<Output::kFloat16>,
       sample_kernel<Output::kBfloat16>, sample_kernel<Output::kFloat32>};
-  launch(kernels[static_cast<int>(job.format.output)], blocks, threads, stream, ring, tree, job);
+  launch(kernels[static_cast<int>(job.format.output)], blocks, threads, stream, ring, tree, job,
+         Strata(job.stratified, n));
 }
 
 void launch_drawable(const DeviceRing& ring, const int64_t* indices, int64_t n, bool* out,

@@ -7,10 +7,12 @@
 // One launch of the sample kernel does a whole batch. A block (or a few, which share the copying)
 // makes one sample:
 //   - its first warp draws the row, walks the n-step window and finds the frames of both stacks;
-//   - then all of its threads write them, 16 bytes at a time where size and alignment allow it, in
-//     the type and memory format that is wanted;
-//   - the last block of the grid turns leaves into importance weights (they are relative to the
-//     smallest of the batch) and counts the call.
+//   - then all of its other threads write them, half of them obs and half next_obs, 16 bytes at a
+//     time where size and alignment allow it, in the type and memory format that is wanted; the
+//     first warp writes the rest, and takes the block's ticket;
+//   - the block with the last ticket turns leaves into importance weights (they are relative to the
+//     smallest of the batch) and counts the call. It needs nothing of the other blocks but their
+//     leaves, so tickets do not wait for frames.
 // One launch of the add kernel stores a row for each game, one block a game; the last block moves
 // the write head.
 //

@@ -7,45 +7,45 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 64;  // each checks the whole batch before it changes anything
+constexpr int kMostThreads = 1024;   // of a block that sets: a few large blocks check less often
 
-__device__ double value_of(const Priorities& p, int64_t i) {
-  return p.doubles ? static_cast<const double*>(p.values)[i]
-                   : static_cast<double>(static_cast<const float*>(p.values)[i]);
-}
-
-__device__ uint32_t error_in(const Priorities& p, int64_t capacity, int64_t i) {
-  if (static_cast<uint64_t>(p.indices[i]) >= static_cast<uint64_t>(capacity)) {
-    return kIndexOutOfRange;
-  }
-  const double value = value_of(p, i);
-  if (!(value <= 1.7976931348623157e308 && value >= -1.7976931348623157e308)) return kNotFinite;
-  return !p.errors && value < 0.0 ? kNegative : 0;
+__device__ uint32_t errors_in(const Priorities& p, int64_t capacity, int64_t index, double value) {
+  uint32_t errors = 0;
+  if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(capacity)) errors |= kIndexOutOfRange;
+  if (!(value <= 1.7976931348623157e308 && value >= -1.7976931348623157e308)) errors |= kNotFinite;
+  if (!p.errors && value < 0.0) errors |= kNegative;
+  return errors;
 }
 
 // The threads of all blocks share the pairs. Nothing is changed if one is bad.
+template <typename T>
 __global__ void set_kernel(const __grid_constant__ DeviceTree tree, Counters* counters,
                            const __grid_constant__ Priorities p) {
-  int bad = 0;
+  // It only grows: where this is too old, an atomic is wasted.
+  const uint32_t max_leaf = *static_cast<volatile uint32_t*>(&counters->max_leaf);
+  const T* const values = static_cast<const T*>(p.values);
+  uint32_t errors = 0;
+  int64_t culprit = 0;
   for (int64_t i = threadIdx.x; i < p.n; i += blockDim.x) {
-    const uint32_t error = error_in(p, tree.capacity, i);
-    if (error != 0 && blockIdx.x == 0) report(counters, error, p.indices[i]);
-    bad |= error != 0;
+    const int64_t index = p.indices[i];
+    const uint32_t found = errors_in(p, tree.capacity, index, values[i]);
+    if (found != 0) culprit = index;
+    errors |= found;
   }
-  if (__syncthreads_or(bad)) return;
+  if (errors != 0 && blockIdx.x == 0) report(counters, errors, culprit);
+  if (__syncthreads_or(errors != 0)) return;
 
   const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = first; i < p.n; i += step) {
-    double value = value_of(p, i);
+    const int64_t index = p.indices[i];
+    // Asked for before the power, which takes as long.
+    const uint8_t flags = p.errors ? p.flags[index] : uint8_t{kDrawable};
+    double value = values[i];
     if (p.errors) value = (value < 0.0 ? -value : value) + p.epsilon;
     const uint32_t leaf = quantise(value, p.alpha);
-    const int64_t index = p.indices[i];
-    if (p.errors) {
-      if (leaf > *static_cast<volatile uint32_t*>(&counters->max_leaf)) {
-        atomicMax(&counters->max_leaf, leaf);
-      }
-      if (!(p.flags[index] & kDrawable)) continue;  // overwritten, or cut, since it was drawn
-    }
+    if (p.errors && leaf > max_leaf) atomicMax(&counters->max_leaf, leaf);
+    if (!(flags & kDrawable)) continue;  // overwritten, or cut, since it was drawn
     const Word stamped = static_cast<Word>(i + 1) << 32 | leaf;
     const Word before = atomicMax(&tree.nodes[index], stamped);
     if (before < stamped) add_difference(tree, index, static_cast<uint32_t>(before), leaf);
@@ -58,19 +58,20 @@ __global__ void set_kernel(const __grid_constant__ DeviceTree tree, Counters* co
 
 // A block is one warp, here and in find_kernel.
 __global__ void draw_kernel(const __grid_constant__ DeviceTree tree, Counters* counters,
-                            uint64_t seed, bool stratified, int64_t n, int64_t* out) {
+                            uint64_t seed, const __grid_constant__ Strata strata, int64_t n,
+                            int64_t* out) {
   const int lane = lane_of_thread();
   const int64_t sample = blockIdx.x;
   const uint64_t call = counters->calls;
-  const Word total = tree_total(tree, lane);
+  const Root root = read_root(tree, lane);
+  const uint64_t bits = random64(seed, call, static_cast<uint32_t>(sample), 0);
   Found found{0, 0};
-  if (total > 0 && sample < n) {
-    const uint64_t bits = random64(seed, call, static_cast<uint32_t>(sample), 0);
-    found = draw_leaf(tree, total, bits, stratified, sample, n, lane);
+  if (root.total > 0 && sample < n) {
+    found = draw_leaf(tree, root, bits, strata, sample, lane);
   }
   if (lane == 0 && sample < n) out[sample] = found.index;
   if (!is_last_block(counters) || lane > 0) return;
-  if (total > 0) {
+  if (root.total > 0) {
     counters->calls = call + 1;
   } else {
     report(counters, kNothingToDraw, 0);
@@ -81,9 +82,9 @@ __global__ void find_kernel(const __grid_constant__ DeviceTree tree, Counters* c
                             const int64_t* targets, int64_t* out) {
   const int lane = lane_of_thread();
   const int64_t target = targets[blockIdx.x];
-  const Word total = tree_total(tree, lane);
-  if (static_cast<Word>(target) < total) {
-    const Found found = find_leaf(tree, static_cast<Word>(target), lane);
+  const Root root = read_root(tree, lane);
+  if (static_cast<Word>(target) < root.total) {
+    const Found found = find_leaf(tree, root, static_cast<Word>(target), lane);
     if (lane == 0) out[blockIdx.x] = found.index;
   } else if (lane == 0) {
     report(counters, kTargetOutOfRange, target);
@@ -122,7 +123,7 @@ __global__ void weights_kernel(const __grid_constant__ DeviceTree tree, Counters
 }
 
 __global__ void total_kernel(const __grid_constant__ DeviceTree tree, Word* out) {
-  const Word total = tree_total(tree, lane_of_thread());
+  const Word total = read_root(tree, lane_of_thread()).total;
   if (threadIdx.x == 0) *out = total;
 }
 
@@ -180,13 +181,16 @@ DeviceTree::DeviceTree(int64_t capacity, Word* nodes)
 void launch_set(const DeviceTree& tree, Counters* counters, const Priorities& priorities,
                 cudaStream_t stream) {
   if (priorities.n == 0) return;
-  launch(set_kernel, blocks_for(priorities.n, kThreads, kMostBlocks), kThreads, stream, tree,
-         counters, priorities);
+  void (*const kernel)(DeviceTree, Counters*, Priorities) =
+      priorities.doubles ? set_kernel<double> : set_kernel<float>;
+  launch(kernel, blocks_for(priorities.n, kMostThreads, kMostBlocks),
+         threads_for(priorities.n, kMostThreads), stream, tree, counters, priorities);
 }
 
 void launch_draw(const DeviceTree& tree, Counters* counters, uint64_t seed, bool stratified,
                  int64_t n, int64_t* out, cudaStream_t stream) {
-  launch(draw_kernel, blocks_for(n, 1), 32, stream, tree, counters, seed, stratified, n, out);
+  launch(draw_kernel, blocks_for(n, 1), 32, stream, tree, counters, seed, Strata(stratified, n), n,
+         out);
 }
 
 void launch_find(const DeviceTree& tree, Counters* counters, const int64_t* targets, int64_t n,

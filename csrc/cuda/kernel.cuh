@@ -38,6 +38,13 @@ inline unsigned blocks_for(int64_t n, int64_t a_block, int64_t most = INT32_MAX)
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks > most ? most : blocks);
 }
 
+// Threads of a block for n pieces of work: one warp, or a few, 2^k.
+inline int threads_for(int64_t n, int most) {
+  int threads = 32;
+  while (threads < most && threads < n) threads *= 2;
+  return threads;
+}
+
 __device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % 32; }
 
 __device__ inline void report(Counters* counters, uint32_t error, int64_t culprit) {
@@ -82,10 +89,16 @@ __device__ inline Word prefix_sum(Word x, int lane) {
   return x;
 }
 
-// The sum of all leaves. For whole warps, as are the next two.
-__device__ inline Word tree_total(const DeviceTree& tree, int lane) {
-  const Word sum = prefix_sum(tree.nodes[tree.offset[tree.levels - 1] + lane], lane);
-  return __shfl_sync(kAllLanes, sum, 31);
+// What a lane knows of the root. For whole warps, as are the next two.
+struct Root {
+  Word word, sum;  // its entry, and the sum up to it
+  Word total;      // of all leaves
+};
+
+__device__ inline Root read_root(const DeviceTree& tree, int lane) {
+  const Word word = tree.nodes[tree.offset[tree.levels - 1] + lane];
+  const Word sum = prefix_sum(word, lane);
+  return {word, sum, __shfl_sync(kAllLanes, sum, 31)};
 }
 
 struct Found {
@@ -94,27 +107,49 @@ struct Found {
 };
 
 // The leaf under a target below the total.
-__device__ inline Found find_leaf(const DeviceTree& tree, Word target, int lane) {
+__device__ inline Found find_leaf(const DeviceTree& tree, const Root& root, Word target, int lane) {
   int64_t node = 0;
-  Word word = 0;
-  for (int level = tree.levels - 1; level >= 0; --level) {
-    word = tree.nodes[tree.offset[level] + node * kDeviceFanOut + lane];
-    const Word sum = prefix_sum(word, lane);
+  Word word = root.word, sum = root.sum;
+  for (int level = tree.levels - 1;; --level) {
     const int child = __ffs(static_cast<int>(__ballot_sync(kAllLanes, sum > target))) - 1;
-    target -= __shfl_sync(kAllLanes, sum - word, child);
-    word = __shfl_sync(kAllLanes, word, child);
     node = node * kDeviceFanOut + child;
+    if (level == 0) return {node, static_cast<uint32_t>(__shfl_sync(kAllLanes, word, child))};
+    target -= __shfl_sync(kAllLanes, sum - word, child);
+    word = tree.nodes[tree.offset[level - 1] + node * kDeviceFanOut + lane];
+    sum = prefix_sum(word, lane);
   }
-  return {node, static_cast<uint32_t>(word)};
 }
 
-// Draw `sample` of n by its 64 random bits; total > 0.
-__device__ inline Found draw_leaf(const DeviceTree& tree, Word total, uint64_t bits,
-                                  bool stratified, int64_t sample, int64_t n, int lane) {
-  if (stratified) {
-    bits = stratum64(bits, static_cast<uint32_t>(sample), static_cast<uint32_t>(n));
+// A batch cut into equal strata: stratum64 of philox.h, without its slow divisions.
+struct Strata {
+  Strata(bool stratified, int64_t batch)
+      : n(stratified ? static_cast<uint32_t>(batch) : 0), reciprocal(n > 0 ? ~Word{0} / n : 0) {}
+
+  uint32_t n;  // 0: it is not cut
+  Word reciprocal;
+};
+
+// x / n. The remainder stays in x.
+__device__ inline Word divide(Word& x, const Strata& strata) {
+  Word quotient = mulhi64(x, strata.reciprocal);  // or one too small
+  x -= quotient * strata.n;
+  if (x >= strata.n) {
+    x -= strata.n;
+    ++quotient;
   }
-  return find_leaf(tree, mulhi64(bits, total), lane);
+  return quotient;
+}
+
+// Draw `sample` of a batch by its 64 random bits; the total is above 0.
+__device__ inline Found draw_leaf(const DeviceTree& tree, const Root& root, Word bits,
+                                  const Strata& strata, int64_t sample, int lane) {
+  if (strata.n > 0) {
+    Word rest = static_cast<Word>(sample) << 32 | bits >> 32;
+    const Word high = divide(rest, strata);
+    rest = rest << 32 | (bits & 0xFFFFFFFF);
+    bits = high << 32 | divide(rest, strata);
+  }
+  return find_leaf(tree, root, mulhi64(bits, root.total), lane);
 }
 
 // Tells the ancestors of a leaf that it has changed from `before` to `after`.
@@ -122,9 +157,10 @@ __device__ inline void add_difference(const DeviceTree& tree, int64_t index, uin
                                       uint32_t after) {
   const Word difference = Word{after} - Word{before};  // modulo 2^64, as the sums are
   if (difference == 0) return;
+  Word entry = static_cast<Word>(index);  // unsigned: divided by a shift
   for (int level = 1; level < tree.levels; ++level) {
-    index /= kDeviceFanOut;
-    atomicAdd(&tree.nodes[tree.offset[level] + index], difference);
+    entry /= kDeviceFanOut;
+    atomicAdd(&tree.nodes[tree.offset[level] + entry], difference);
   }
 }
 
