@@ -1,7 +1,7 @@
 // The few numbers of a replay that live on the device, so that a replayed CUDA graph counts on.
 //
-// Kernels read them when they start; the last block of a grid writes what follows from its work.
-// The host reads them rarely, because that waits for the stream.
+// Kernels read them when they start; the last block of a grid to take a ticket writes what follows
+// from its work. The host reads them rarely, because that waits for the stream.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ struct Counters {
   int64_t culprit;    // of the latest error: an index, an action, a target
   double beta;        // of the importance weights
   uint32_t max_leaf;  // the largest seen
-  uint32_t ticket;    // blocks of this grid that have finished
+  uint32_t ticket;    // blocks of this grid that have taken one
   uint32_t error;     // DeviceError bits, until the host has told them
   uint32_t unused;
 };

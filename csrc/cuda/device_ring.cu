@@ -89,11 +89,13 @@ struct Plan {
 struct Part {
   const uint8_t* frames;  // of row 0
   int64_t frame_bytes, rows;
-  Stack stack;
-  int count;  // frames of the stack
   float scale;
+  bool next;     // of next_obs
+  bool aligned;  // the samples begin at multiples of 16 bytes
   uint8_t* out;
   int thread, threads;  // which one this is, of how many
+  int count;            // frames
+  Stack stack;          // of the plan
 };
 
 // Row `back` steps before `slot`.
@@ -192,7 +194,8 @@ __device__ bool is_aligned(const void* pointer, int64_t stride, int bytes) {
   return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride)) % bytes == 0;
 }
 
-__device__ bool is_shared(const DeviceRing& ring, const SampleJob& job) {
+// Whether obs and next_obs are one block of stack + 1 frames.
+bool is_shared(const DeviceRing& ring, const SampleJob& job) {
   return ring.layout.n_step == 1 && !job.format.channels_last &&
          job.batch.obs_stride == job.batch.next_obs_stride &&
          job.batch.next_obs ==
@@ -236,7 +239,7 @@ __device__ int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, uint64_t 
 // Draws or takes the row of a sample, and plans its frames. By a whole warp. Returns whether there
 // was something to draw.
 __device__ bool make_plan(const DeviceRing& ring, const DeviceTree& tree, const SampleJob& job,
-                          const Strata& strata, int64_t sample, int lane, Plan& plan) {
+                          const Strata& strata, bool shared, int64_t sample, int lane, Plan& plan) {
   const bool writes = blockIdx.y == 0 && lane == 0, prioritized = tree.nodes != nullptr;
   int64_t index = -1;
   bool able = true;
@@ -285,7 +288,6 @@ __device__ bool make_plan(const DeviceRing& ring, const DeviceTree& tree, const 
   }
   // Lane 0 finds the frames of obs, lane 1 those of next_obs; or lane 0 those of the block that
   // they share, which is a stack of one more frame.
-  const bool shared = is_shared(ring, job);
   if (lane < (shared ? 1 : 2)) {
     const int64_t newest = shared || lane == 1 ? window.end : slot;
     const int count = shared ? ring.layout.stack + 1 : ring.layout.stack;
@@ -297,37 +299,40 @@ __device__ bool make_plan(const DeviceRing& ring, const DeviceTree& tree, const 
   return able;
 }
 
-// Writes the frames of a sample, by all threads but the first warp's. Half of them write obs and
-// half next_obs, unless these are one block.
-template <Output kOutput>
-__device__ void write_frames(const DeviceRing& ring, const SampleJob& job, int64_t sample,
-                             const Plan& plan) {
-  const bool shared = is_shared(ring, job);
+// The part of a thread behind the first warp, all but the stack. Half of these threads write obs
+// and half next_obs, unless both are one block.
+__device__ Part find_part(const DeviceRing& ring, const SampleJob& job, bool shared,
+                          int64_t sample) {
   const int copiers = static_cast<int>(blockDim.x) - kPlanners;
   const int threads = shared ? copiers : copiers / 2;
   const int thread = static_cast<int>(threadIdx.x) - kPlanners;
   const bool next = thread >= threads;
   uint8_t* const batch = next ? job.batch.next_obs : job.batch.obs;
   const int64_t stride = next ? job.batch.next_obs_stride : job.batch.obs_stride;
-  const int64_t bytes = ring.layout.frame_bytes;
-  const Part part{ring.memory.frames,
-                  bytes,
-                  ring.layout.rows,
-                  plan.stacks[next],
-                  ring.layout.stack + shared,
-                  job.format.scale,
-                  batch + sample * stride,
-                  static_cast<int>(blockIdx.y) * threads + (next ? thread - threads : thread),
-                  static_cast<int>(gridDim.y) * threads};
+  return {ring.memory.frames,
+          ring.layout.frame_bytes,
+          ring.layout.rows,
+          job.format.scale,
+          next,
+          is_aligned(batch, stride, 16),
+          batch + sample * stride,
+          static_cast<int>(blockIdx.y) * threads + (next ? thread - threads : thread),
+          static_cast<int>(gridDim.y) * threads,
+          ring.layout.stack + shared,
+          {}};
+}
+
+template <Output kOutput>
+__device__ void write_part(const Part& part, bool channels_last) {
   constexpr int kExpansion = expansion(kOutput);
-  const bool aligned = is_aligned(batch, stride, 16);
-  if (job.format.channels_last) {
-    if (part.count == 4 && aligned && bytes % (4 / kExpansion) == 0) {
+  const int64_t bytes = part.frame_bytes;
+  if (channels_last) {
+    if (part.count == 4 && part.aligned && bytes % (4 / kExpansion) == 0) {
       interleave_four<kOutput>(part);
     } else {
       interleave_any<kOutput>(part);
     }
-  } else if (aligned && bytes % (16 / kExpansion) == 0) {
+  } else if (part.aligned && bytes % (16 / kExpansion) == 0) {
     copy_frames<kOutput, 16 / kExpansion>(part);
   } else {
     copy_frames<kOutput, 1>(part);
@@ -376,14 +381,17 @@ template <Output kOutput>
 __global__ void sample_kernel(const __grid_constant__ DeviceRing ring,
                               const __grid_constant__ DeviceTree tree,
                               const __grid_constant__ SampleJob job,
-                              const __grid_constant__ Strata strata) {
+                              const __grid_constant__ Strata strata, bool shared) {
   FR_SHARED(Plan, plan);
   FR_SHARED(bool, last);
   const int64_t sample = blockIdx.x;
   const bool gathers = job.gather && sample < job.n, prioritized = tree.nodes != nullptr;
   bool able = true;
+  Part part{};  // what is known of it without the plan
   if (threadIdx.x < kPlanners) {
-    able = make_plan(ring, tree, job, strata, sample, static_cast<int>(threadIdx.x), plan);
+    able = make_plan(ring, tree, job, strata, shared, sample, static_cast<int>(threadIdx.x), plan);
+  } else {
+    part = find_part(ring, job, shared, sample);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -399,7 +407,8 @@ __global__ void sample_kernel(const __grid_constant__ DeviceRing ring,
       }
     }
   } else if (threadIdx.x >= kPlanners && gathers) {
-    write_frames<kOutput>(ring, job, sample, plan);
+    part.stack = plan.stacks[part.next];
+    write_part<kOutput>(part, job.format.channels_last);
   }
   __syncthreads();
   if (last && job.gather && prioritized) finish_weights(job, ring.counters->beta);
@@ -526,11 +535,11 @@ void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJ
   const int64_t most = kManyBlocks / n < kMostParts ? kManyBlocks / n : kMostParts;
   const dim3 blocks(static_cast<unsigned>(n),
                     blocks_for(stores, (kThreads - kPlanners) * kInFlight, most < 1 ? 1 : most));
-  void (*const kernels[])(DeviceRing, DeviceTree, SampleJob, Strata) = {
+  void (*const kernels[])(DeviceRing, DeviceTree, SampleJob, Strata, bool) = {
       sample_kernel<Output::kCopy>, sample_kernel<Output::kFloat16>,
       sample_kernel<Output::kBfloat16>, sample_kernel<Output::kFloat32>};
   launch(kernels[static_cast<int>(job.format.output)], blocks, threads, stream, ring, tree, job,
-         Strata(job.stratified, n));
+         Strata(job.stratified, n), is_shared(ring, job));
 }
 
 void launch_drawable(const DeviceRing& ring, const int64_t* indices, int64_t n, bool* out,
