@@ -263,11 +263,10 @@ __device__ bool make_plan(const DeviceRing& ring, const DeviceTree& tree, const 
     index = job.indices[sample];
     const int64_t size = ring.layout.num_envs * ring.layout.rows;
     const bool fits = static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
+    if (fits && prioritized) leaf = static_cast<uint32_t>(tree.nodes[index]);  // or 0: not drawable
     if (!fits || !(ring.memory.flags[index] & kDrawable)) {
       if (writes) report(ring.counters, fits ? kNotDrawable : kIndexOutOfRange, index);
       index = -1;
-    } else if (prioritized) {
-      leaf = static_cast<uint32_t>(tree.nodes[index]);
     }
   }
   if (sample >= job.n) return able;
