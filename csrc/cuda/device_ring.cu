@@ -342,7 +342,7 @@ __device__ void write_part(const Part& part, bool channels_last) {
 __device__ void write_numbers(const DeviceRing& ring, const SampleJob& job, bool prioritized,
                               int64_t sample, const Plan& plan) {
   const Window& window = plan.window;
-  const int64_t action = plan.index < 0 ? 0 : ring.memory.actions[plan.index];
+  const int32_t action = plan.index < 0 ? 0 : ring.memory.actions[plan.index];
   const float discount = window.terminated ? 0.0f : ring.powers[window.steps];
   const float* const rewards = ring.memory.rewards + plan.game;
   float sum = 0.0f;

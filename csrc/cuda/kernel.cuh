@@ -15,6 +15,9 @@
 #define FR_SHARED(type, name) __shared__ type name
 #else
 #define FR_SHARED(type, name) type& name = emulation::shared<type>([] {})
+inline unsigned atomicInc(unsigned* to, unsigned most) {
+  return emulated_atomic(to, [most](unsigned old) { return old >= most ? 0 : old + 1; });
+}
 #endif
 
 namespace fastreplay {
@@ -55,9 +58,10 @@ __device__ inline void report(Counters* counters, uint32_t error, int64_t culpri
 // For one thread of each block: fetches its number. What the block has done before the barrier that
 // lies before this is then done for the last of all to fetch one.
 __device__ inline unsigned take_ticket(Counters* counters) {
-  if (gridDim.x * gridDim.y == 1) return 0;  // a barrier orders the threads of one block
+  const unsigned blocks = gridDim.x * gridDim.y;
+  if (blocks == 1) return 0;  // a barrier orders the threads of one block
   __threadfence();
-  return atomicAdd(&counters->ticket, 1u);
+  return atomicInc(&counters->ticket, blocks - 1);  // the last one makes it 0 again
 }
 
 // For the same thread. If it is the last, its block, behind one more barrier, sees what the others
@@ -65,9 +69,7 @@ __device__ inline unsigned take_ticket(Counters* counters) {
 __device__ inline bool is_last_ticket(Counters* counters, unsigned ticket) {
   const unsigned blocks = gridDim.x * gridDim.y;
   if (ticket != blocks - 1) return false;
-  if (blocks == 1) return true;
-  __threadfence();
-  counters->ticket = 0;
+  if (blocks > 1) __threadfence();
   return true;
 }
 
