@@ -342,7 +342,7 @@ __device__ void write_part(const Part& part, bool channels_last) {
 __device__ void write_numbers(const DeviceRing& ring, const SampleJob& job, bool prioritized,
                               int64_t sample, const Plan& plan) {
   const Window& window = plan.window;
-  const int32_t action = plan.index < 0 ? 0 : ring.memory.actions[plan.index];
+  const int32_t action = ring.memory.actions[plan.index < 0 ? 0 : plan.index];
   const float discount = window.terminated ? 0.0f : ring.powers[window.steps];
   const float* const rewards = ring.memory.rewards + plan.game;
   float sum = 0.0f;
@@ -351,7 +351,7 @@ __device__ void write_numbers(const DeviceRing& ring, const SampleJob& job, bool
     sum += ring.powers[k] * rewards[slot];
     slot = slot + 1 == ring.layout.rows ? 0 : slot + 1;
   }
-  job.batch.actions[sample] = action;
+  job.batch.actions[sample] = plan.index < 0 ? 0 : action;
   job.batch.rewards[sample] = sum;
   job.batch.discounts[sample] = discount;
   if (!prioritized) job.is_weights[sample] = plan.index < 0 ? 0.0f : 1.0f;
