@@ -81,7 +81,7 @@ struct Stack {
 struct Plan {
   int64_t index;    // the row, or -1
   int64_t game;     // the first row of its game
-  Window window;    //
+  Window window;    // of the row
   Stack stacks[2];  // of obs and next_obs, or one for the block that they share
 };
 

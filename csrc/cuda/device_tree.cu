@@ -19,8 +19,9 @@ __device__ uint32_t errors_in(const Priorities& p, int64_t capacity, int64_t ind
 
 // The threads of all blocks share the pairs. Nothing is changed if one is bad.
 template <typename T>
-__global__ void set_kernel(const __grid_constant__ DeviceTree tree, Counters* counters,
-                           const __grid_constant__ Priorities p) {
+__global__ void __launch_bounds__(kMostThreads)
+    set_kernel(const __grid_constant__ DeviceTree tree, Counters* counters,
+               const __grid_constant__ Priorities p) {
   // It only grows: where this is too old, an atomic is wasted.
   const uint32_t max_leaf = *static_cast<volatile uint32_t*>(&counters->max_leaf);
   const T* const values = static_cast<const T*>(p.values);

@@ -15,9 +15,6 @@
 #define FR_SHARED(type, name) __shared__ type name
 #else
 #define FR_SHARED(type, name) type& name = emulation::shared<type>([] {})
-inline unsigned atomicInc(unsigned* to, unsigned most) {
-  return emulated_atomic(to, [most](unsigned old) { return old >= most ? 0 : old + 1; });
-}
 #endif
 
 namespace fastreplay {

@@ -32,6 +32,7 @@
 #define __device__
 #define __host__
 #define __grid_constant__
+#define __launch_bounds__(threads)
 
 struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
@@ -340,6 +341,9 @@ T emulated_atomic(T* to, F change) {
 template <typename T>
 T atomicAdd(T* to, T x) {
   return emulated_atomic(to, [x](T old) { return static_cast<T>(old + x); });
+}
+inline unsigned atomicInc(unsigned* to, unsigned most) {
+  return emulated_atomic(to, [most](unsigned old) { return old >= most ? 0 : old + 1; });
 }
 template <typename T>
 T atomicMax(T* to, T x) {
