@@ -366,12 +366,14 @@ __device__ void finish_weights(const SampleJob& job, double beta) {
   const uint32_t kept = first < job.n ? leaves[first] : 0;
   __syncthreads();
   for (int64_t i = first; i < job.n; i += blockDim.x) {
-    const uint32_t leaf = i == first ? kept : leaves[i];
+    uint32_t leaf = kept;
+    if (i != first) leaf = leaves[i];
     if (leaf > 0) atomicMin(&smallest, leaf);
   }
   __syncthreads();
   for (int64_t i = first; i < job.n; i += blockDim.x) {
-    const uint32_t leaf = i == first ? kept : leaves[i];
+    uint32_t leaf = kept;
+    if (i != first) leaf = leaves[i];
     job.is_weights[i] = leaf > 0 ? importance_weight(smallest, leaf, beta) : 0.0f;
   }
 }
