@@ -39,9 +39,10 @@ def device(request):
 @pytest.fixture
 def cuda(device, request):
     """The GPU's streams and graphs, or those of the emulation."""
-    if request.node.callspec.params["device"] == "cuda":
-        return RealCuda()
-    return request.getfixturevalue("emulation")
+    emulated = request.node.callspec.params["device"] != "cuda"
+    yield request.getfixturevalue("emulation") if emulated else RealCuda()
+    if not emulated:  # a capture that failed leaves its stream behind
+        torch.cuda.set_stream(torch.cuda.default_stream())
 
 
 def equal(first, second):

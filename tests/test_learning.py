@@ -26,6 +26,13 @@ def test_a_run_on_the_gpu(script, buffer, in_tmp, monkeypatch):
     options = small(script.__name__) | {"device": "cuda", "buffer": buffer}
     if buffer not in script.built_buffers(script.Args(device="cuda")):
         pytest.skip("fastreplay was built without CUDA")
-    main_in_process(script, options, monkeypatch)
-    state = script.load_checkpoint(str(next(in_tmp.glob("runs/*/checkpoint.pt"))))
-    assert all(v.isfinite().all() for v in state["q_network"].values())
+    main_in_process(script, options | {"checkpoint_replay": True}, monkeypatch)
+    path = str(next(in_tmp.glob("runs/*/checkpoint.pt")))
+    before = script.load_checkpoint(path)
+    steps = before["global_step"]
+    weights = {name: value.clone() for name, value in before["q_network"].items()}
+    main_in_process(script, {"resume": path, "total_timesteps": 2 * steps}, monkeypatch)
+    after = script.load_checkpoint(path)
+    assert after["global_step"] == 2 * steps
+    assert all(value.isfinite().all() for value in after["q_network"].values())
+    assert not any(torch.equal(weights[name], after["q_network"][name]) for name in weights)
