@@ -24,7 +24,8 @@ finish() {
     echo
     echo "\`benchmarks/gpu.sh\`, steps:$wanted(the log of each lies here). Failed: ${failed[*]:-none}."
     echo
-    "$python" -c "import torch; print('-', torch.cuda.get_device_name(), 'torch', torch.__version__)"
+    "$python" -c "import torch; print('-', torch.cuda.get_device_name(), 'torch', torch.__version__)" \
+      2>/dev/null
   } >"$record/README.md"
   sed -i -E "s#$PWD/##g; s#/[^ :\"']*/(site-packages|dist-packages)/##g" "$record"/*.log
   cat "$record/README.md"

@@ -146,8 +146,9 @@ void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames,
     return;
   }
   const int64_t out_bytes = bytes * expansion(format.output);
-  std::memset(out, 0, static_cast<size_t>(blanks * out_bytes));
-  out += blanks * out_bytes;
+  for (int s = 0; s < blanks; ++s, out += out_bytes) {
+    convert(blank_.data(), bytes, blank_.data(), format.output, format.scale, out);
+  }
   const int64_t run = std::min<int64_t>(depth + 1, layout_.rows - row);  // up to the wrap-around
   convert(ring + row * bytes, run * bytes, follows, format.output, format.scale, out);
   if (run < depth + 1) {

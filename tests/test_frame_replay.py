@@ -310,8 +310,9 @@ def test_scaled_outputs_are_torchs(
         pytest.skip(f"this processor has no {instructions}")
     options = {"capacity": 60, "frame_shape": shape, "stack": stack}
     plain = filled(make_fast, **options)
-    # 2^-20 makes float16 subnormal, 9 makes products halfway between two 16-bit numbers
-    for n_step, scale in ((1, 1 / 255), (2, 2.0**-20), (1, 9.0)):
+    # 2^-20 makes float16 subnormal, 9 makes products halfway between two 16-bit numbers; and zeros,
+    # those before an episode's opening too, become -0
+    for n_step, scale in ((1, 1 / 255), (2, 2.0**-20), (1, -9.0)):
         plain = filled(make_fast, n_step=n_step, **options)
         other = filled(
             make_fast,
@@ -328,6 +329,7 @@ def test_scaled_outputs_are_torchs(
             if dtype != torch.uint8:
                 frames = (frames.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype)
             assert scaled.dtype == dtype and torch.equal(scaled, frames)
+            assert torch.equal(scaled.signbit(), frames.signbit())
             if memory_format == torch.channels_last:
                 assert scaled.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(first.rewards, second.rewards)

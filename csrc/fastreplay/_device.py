@@ -64,6 +64,8 @@ def cuda_problem(index: int | None = None) -> str:
             "fastreplay was built without CUDA; where nvcc is installed, build it with: "
             "FASTREPLAY_CUDA=1 pip install ."
         )
+    except ImportError as e:
+        return f"the CUDA half of fastreplay does not load ({e}); build it anew: pip install ."
     if not torch.cuda.is_available():
         return "device='cuda', but torch.cuda.is_available() is False: no usable GPU"
     index = torch.cuda.current_device() if index is None else index
