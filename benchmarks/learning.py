@@ -30,13 +30,17 @@ def train(script, seed, folder, options):
 
 
 def read(run):
-    """The run's scalars as {tag: [(step, value)]}, and its arguments as text."""
+    """The run's scalars as {tag: [(step, value)]}, and its arguments as text: those that it started
+    with, and those of the last time that it was resumed."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     scalars = {t: [(e.step, e.value) for e in events.Scalars(t)] for t in events.Tags()["scalars"]}
-    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
-    return scalars, dict(row for row in rows if len(row) == 2)
+    texts = [e.tensor_proto.string_val[0] for e in events.Tensors("hyperparameters/text_summary")]
+    tables = [
+        dict(line.strip("|").split("|") for line in text.decode().splitlines()[2:])
+        for text in texts
+    ]
+    return scalars, tables[0], tables[-1]
 
 
 def last_hundred(scalars):
@@ -54,7 +58,7 @@ def at(series, step):
 
 
 def summarise(run, goal):
-    scalars, arguments = read(run)
+    scalars, arguments, last_arguments = read(run)
     evaluations, training = scalars.get("eval/episodic_return", []), last_hundred(scalars)
     hours = scalars["charts/hours"]
     summary = {
@@ -62,7 +66,7 @@ def summarise(run, goal):
         "script": arguments["exp_name"],
         "seed": int(arguments["seed"]),
         "steps": hours[-1][0],
-        "total_timesteps": int(arguments["total_timesteps"]),
+        "total_timesteps": int(last_arguments["total_timesteps"]),
         "hours": hours[-1][1],
         "last_evaluation": evaluations[-1][1] if evaluations else None,
         "mean_return_of_last_100_episodes": training[-1][1] if training else None,
