@@ -11,7 +11,7 @@ def rows(num_envs, shape, rng):
     return frames, actions, rewards, *(rng.random((2, num_envs)) < 0.1)
 
 
-def main():
+def main(batch_sizes=(1, 33, 600)):
     rng = np.random.default_rng(0)
     for shape, options in (
         ((84, 84), {"prioritized": True, "n_step": 3}),
@@ -29,7 +29,7 @@ def main():
             if options.get("frame_dtype") == torch.float32:
                 row = (row[0].astype(np.float32), *row[1:])
             replay.add(*(row if step % 2 else (torch.as_tensor(x).cuda() for x in row)))
-        for batch_size in (1, 33, 600):
+        for batch_size in batch_sizes:
             batch = replay.sample(batch_size)
             if replay.prioritized:
                 replay.update_priorities(batch.indices, torch.rand(batch_size, device="cuda"))

@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import CUDA
+from conftest import ALGOS, CUDA
 from emulated import RealCuda
 from test_frame_replay import Games
 
@@ -468,6 +468,12 @@ def test_a_replay_may_go_before_its_work_is_done(cuda):
         batch = replay.sample(32)
         del replay
         assert batch.obs.cpu().any()
+
+
+def test_what_the_sanitizers_run_runs(cuda, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ALGOS.parent / "benchmarks")
+    importlib.import_module("gpu_check").main(batch_sizes=(1, 5))
+    assert "every kernel has run" in capsys.readouterr().out
 
 
 def test_runs_are_bitwise_alike(cuda):
