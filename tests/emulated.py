@@ -78,8 +78,10 @@ class Cuda:
     @contextlib.contextmanager
     def on(self, stream):
         before, self.current = self.current, stream
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def call(self, name, *args):
         return getattr(self.library, f"emulation_{name}")(ctypes.c_void_p(self.current), *args)
@@ -238,7 +240,7 @@ class EmulatedDevice(TorchFunctionMode):
         same = {id(x.memory): x for x in on_device} | {id(x): x for x in tensors}
 
         def wrap(x):
-            return same.get(id(x)) if id(x) in same else cuda().on_device(x, func is torch.zeros)
+            return same[id(x)] if id(x) in same else cuda().on_device(x, func is torch.zeros)
 
         return tree_map_only(torch.Tensor, wrap, result)
 
