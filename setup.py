@@ -112,6 +112,7 @@ class BuildExt(build_ext):
             to.parent.mkdir(parents=True, exist_ok=True)
             run_nvcc(*command, "-c", source, "-o", str(to))
             ext.extra_objects.append(str(to))
+        ext.depends = [*ext.depends, *ext.extra_objects]  # linked anew
         ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
         super().build_extension(ext)
 

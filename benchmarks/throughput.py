@@ -192,6 +192,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=TASKS, default="atari")
     parser.add_argument("--cleanrl", help="a checkout of CleanRL; left out without one")
+    parser.add_argument("--alone", action="store_true", help="without the peers, which use the CPU")
     parser.add_argument("--variants", nargs="*", default=["num_envs=1", "num_envs=8"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -205,7 +206,7 @@ def main():
         args.cleanrl = str(Path(args.cleanrl).expanduser().resolve())
     sides = [f"CleanQ {variant}".strip() for variant in args.variants]
     sides += ["CleanRL"] if args.cleanrl else []
-    sides += ["Stable-Baselines3"]
+    sides += [] if args.alone else ["Stable-Baselines3"]
     rates, drift, missing = {side: [] for side in sides}, [], {}
     for repeat in range(args.repeats):
         for side in sides:
@@ -223,37 +224,49 @@ def main():
                 continue
             rates[side].append(json.loads(lines[-1])["steps_per_second"])
             print(f"{repeat + 1}/{args.repeats} {side}: {rates[side][-1]:.0f}", flush=True)
-    peers = [s for s in sides if not s.startswith("CleanQ") and rates[s]]
-    fastest = max((statistics.median(rates[s]) for s in peers), default=float("nan"))
-    table = [
+        report(args, rates, drift, missing)
+    print(table(args, rates, drift, missing))
+    if any(side.startswith("CleanQ") for side in missing):
+        sys.exit(1)
+
+
+def table(args, rates, drift, missing):
+    """Markdown: a row for each side."""
+    medians = {side: statistics.median(r) for side, r in rates.items() if r}
+    peers = [middle for side, middle in medians.items() if not side.startswith("CleanQ")]
+    fastest = max(peers, default=float("nan"))
+    lines = [
         f"# Throughput while learning, {TASKS[args.task]['env_id']}, {args.threads} threads",
         "",
         "| side | agent steps/s, median | lowest | highest | to the fastest peer |",
         "|---|---:|---:|---:|---:|",
     ]
-    for side in sides:
+    for side, r in rates.items():
         if side in missing:
-            table.append(f"| {side} | not measured: {missing[side]} | | | |")
+            lines.append(f"| {side} | not measured: {missing[side]} | | | |")
             continue
-        r, middle = rates[side], statistics.median(rates[side])
-        row = f"| {side} | {middle:.0f} | {min(r):.0f} | {max(r):.0f} | {middle / fastest:.2f} |"
-        table.append(row)
-    table += ["", f"Drift (64 MiB memcpy, ms): {min(drift):.1f} to {max(drift):.1f}"]
-    table += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}"]
-    commit = None
+        row = f"| {side} | {medians[side]:.0f} | {min(r):.0f} | {max(r):.0f} "
+        lines.append(row + f"| {medians[side] / fastest:.2f} |")
+    lines += ["", f"Drift (64 MiB memcpy, ms): {min(drift):.1f} to {max(drift):.1f}"]
+    lines += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}"]
     if args.cleanrl:
-        git = ["git", "-C", args.cleanrl, "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        table += [f"CleanRL: commit {commit}"]
-    print("\n".join(table))
-    if args.record:
-        from machine import write_record
+        lines += [f"CleanRL: commit {commit_of(args.cleanrl)}"]
+    return "\n".join(lines)
 
-        results = {"cleanrl_commit": commit}
-        results |= {"steps_per_second": rates, "drift_ms": drift, "task": TASKS[args.task]}
-        write_record(args.record, results, "\n".join(table))
-    if any(side.startswith("CleanQ") for side in missing):
-        sys.exit(1)
+
+def report(args, rates, drift, missing):
+    if not args.record:
+        return
+    from machine import write_record
+
+    results = {"cleanrl_commit": commit_of(args.cleanrl) if args.cleanrl else None}
+    results |= {"steps_per_second": rates, "drift_ms": drift, "task": TASKS[args.task]}
+    write_record(args.record, results, table(args, rates, drift, missing))
+
+
+def commit_of(checkout):
+    git = ["git", "-C", checkout, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -209,8 +210,17 @@ def test_where_frames_lie(device, storage, monkeypatch):
     assert f"frames on the {cuda.storage}" in repr(cuda)
     assert equal(cpu.sample(20), cuda.sample(20))
     assert equal_states(cpu.state_dict(), cuda.state_dict())
-    monkeypatch.setattr(cuda._place.module, "free_memory", lambda index: 100 * 7056)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(cuda._place), "free_memory", lambda place: 100 * 7056)
+        assert FrameReplay(100, (84, 84), device="cuda").storage == "host"
+
+    def no_room(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", no_room)
     assert FrameReplay(100, (84, 84), device="cuda").storage == "host"
+    with pytest.raises(torch.OutOfMemoryError):
+        FrameReplay(100, (84, 84), device="cuda", storage="device")
 
 
 def test_results_and_memory_lie_on_the_device(device):
@@ -497,24 +507,27 @@ def test_threads_that_use_one_replay():
     _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
     rng, stream, stop = np.random.default_rng(0), torch.cuda.Stream(), threading.Event()
     rows = [(frames_of(rng), *Games(2, rng).step()[1:]) for _ in range(50)]
-    added = []
 
     def act():
+        added = 0
         with torch.cuda.stream(stream):
             while not stop.is_set():
-                replay.add(*rows[len(added) % 50])
-                added.append(1)
+                replay.add(*rows[added % 50])
+                added += 1
+        return added
 
-    thread = threading.Thread(target=act)
-    thread.start()
-    for _ in range(300):
-        batch = replay.sample(64)
-        replay.update_priorities(batch.indices, batch.rewards)
-        replay.check()
-    stop.set()
-    thread.join()
+    with ThreadPoolExecutor() as pool:
+        actor = pool.submit(act)
+        try:
+            for _ in range(300):
+                batch = replay.sample(64)
+                replay.update_priorities(batch.indices, batch.rewards)
+                replay.check()
+        finally:
+            stop.set()
+        added = actor.result()
     torch.cuda.synchronize()
-    assert len(added) > 0 and replay._ring.head == (20 + len(added)) % replay.rows
+    assert added > 0 and replay._ring.head == (20 + added) % replay.rows
     assert replay._ring.calls == 300
     replay._tree.check_valid()
 

@@ -170,8 +170,13 @@ class FrameReplay:
         size = math.prod(shape) * self.frame_dtype.itemsize
         # A tenth of what is free is left to the network.
         if storage == "device" or (storage == "auto" and size <= 0.9 * self._place.free_memory()):
-            self.storage = "device"
-            return torch.empty(shape, dtype=self.frame_dtype, device=self.device)
+            try:
+                frames = torch.empty(shape, dtype=self.frame_dtype, device=self.device)
+                self.storage = "device"
+                return frames
+            except torch.OutOfMemoryError:  # there is room, but not in one piece
+                if storage == "device":
+                    raise
         pinned = self._place.module.PinnedMemory(size, self.device.index)
         return torch.frombuffer(pinned, dtype=self.frame_dtype).view(shape)
 
