@@ -55,7 +55,7 @@ if ! "$python" -c 'import fastreplay as f, sys; sys.exit(f.cuda_problem() or 0)'
   exit 1
 fi
 
-pytest=("$python" -m pytest -v --tb=short -rfE -m gpu -p no:cacheprovider)
+pytest=("$python" -m pytest -v --no-header --tb=short -rfE -m gpu -p no:cacheprovider)
 step tests 120 "${pytest[@]}" tests/test_cuda.py tests/test_sum_tree.py tests/test_frame_replay.py
 step runs 60 "${pytest[@]}" tests/test_learning.py
 
