@@ -238,7 +238,7 @@ class FrameReplay:
         shape = (self.rows, num_envs)
         self.frames = np.empty((*shape, *frame_shape), np.uint8)
         self.actions = np.empty(shape, np.int64)
-        self.rewards = np.empty(shape, np.float32)
+        self.rewards = np.zeros(shape, np.float32)
         self.terminations = np.empty(shape, bool)
         self.opens = np.empty(shape, bool)
 

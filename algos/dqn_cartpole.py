@@ -237,7 +237,7 @@ class Replay:
         shape = (self.rows, num_envs)
         self.obs = np.empty((*shape, *obs_shape), np.float32)
         self.actions = np.empty(shape, np.int64)
-        self.rewards = np.empty(shape, np.float32)
+        self.rewards = np.zeros(shape, np.float32)
         self.terminations = np.empty(shape, bool)
         self.opens = np.empty(shape, bool)
 
