@@ -208,6 +208,13 @@ def test_a_restored_tree_goes_on_with_the_same_draws(tmp_path):
         assert torch.equal(tree.sample(64), other.sample(64))
 
 
+def test_nothing_to_set_or_get_is_no_error():
+    tree = SumTree(10)
+    none = torch.as_tensor(np.zeros(0, np.int64))  # its stride may be 0
+    tree.set(none, torch.as_tensor(np.zeros(0)))
+    assert tree.total() == 0 and len(tree.get(none)) == 0
+
+
 BAD = [
     ("set", (longs([10]), torch.ones(1)), IndexError, "index 10 is out of range"),
     ("set", (longs([-1]), torch.ones(1)), IndexError, "index -1"),
