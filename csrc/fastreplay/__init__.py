@@ -13,8 +13,12 @@ import importlib.util
 
 __all__ = ["Batch", "FrameReplay", "SumTree", "backends", "cuda_problem"]
 
-_HOME = {"SumTree": "sum_tree", "FrameReplay": "frame_replay", "Batch": "frame_replay"}
-_HOME |= {"cuda_problem": "_device"}
+_HOME = {
+    "SumTree": "sum_tree",
+    "FrameReplay": "frame_replay",
+    "Batch": "frame_replay",
+    "cuda_problem": "_device",
+}
 
 
 def backends():
