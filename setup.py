@@ -45,20 +45,20 @@ def find_nvcc():
 def extensions(nvcc):
     import pybind11
 
-    common = {"include_dirs": [pybind11.get_include()], "extra_compile_args": flags()}
+    common = {"include_dirs": ["csrc", pybind11.get_include()], "extra_compile_args": flags()}
     common |= {"language": "c++", "optional": True}
-    headers = glob("csrc/*.h") + glob("csrc/*.inl")
+    headers = glob("csrc/*/*.h") + glob("csrc/*/*.inl") + glob("csrc/*/*.cuh")
+    python = ["csrc/python/tensor_view.cpp"]
     built = [
         Extension(
             "fastreplay._cpu",
-            sources=sorted(glob("csrc/*.cpp")),
+            sources=sorted([*glob("csrc/cpu/*.cpp"), "csrc/python/cpu_bindings.cpp", *python]),
             depends=sorted(headers),
             **common,
         )
     ]
     if nvcc:
-        sources = glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu") + ["csrc/tensor_view.cpp"]
-        headers += glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")
+        sources = [*glob("csrc/cuda/*.cu"), "csrc/python/cuda_bindings.cpp", *python]
         built.append(
             Extension(
                 "fastreplay._cuda", sources=sorted(sources), depends=sorted(headers), **common
@@ -102,7 +102,7 @@ class BuildExt(build_ext):
         targets = [a for a in ARCHITECTURES if f"compute_{a}" in known]
         if not targets:
             raise RuntimeError(f"this nvcc knows none of sm_{', sm_'.join(ARCHITECTURES)}")
-        command = [self.nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0"]
+        command = [self.nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0", "-Icsrc"]
         for target in targets:
             command += ["-gencode", f"arch=compute_{target},code=sm_{target}"]
         command += ["-gencode", f"arch=compute_{targets[-1]},code=compute_{targets[-1]}"]

@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu")) + sorted(ROOT.glob("csrc/cuda/*.cpp"))
-SOURCES += [ROOT / "csrc" / "tensor_view.cpp"]
+CSRC = ROOT / "csrc"
+SOURCES = sorted(CSRC.glob("cuda/*.cu"))
+SOURCES += [CSRC / "python" / "cuda_bindings.cpp", CSRC / "python" / "tensor_view.cpp"]
 
 
 def build(folder):
@@ -35,11 +36,11 @@ def build(folder):
         raise RuntimeError("needs a C++ compiler")
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]
     flags += ["-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'tests' / 'cuda_emulation'}"]
-    flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    flags += [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags += os.environ.get("CFLAGS", "").split()
     link = os.environ.get("LDFLAGS", "").split()
     digest = hashlib.sha256(" ".join([compiler, sys.version, *flags, *link]).encode())
-    headers = (*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*h"), *ROOT.glob("tests/cuda_*/*"))
+    headers = (*CSRC.glob("*/*.*h"), *CSRC.glob("*/*.h"), *ROOT.glob("tests/cuda_*/*"))
     for file in sorted({*SOURCES, *headers}):
         digest.update(file.read_bytes())
     module = Path(folder) / digest.hexdigest()[:16] / "_cuda.so"

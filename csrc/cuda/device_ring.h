@@ -24,8 +24,8 @@
 
 #include <cstdint>
 
-#include "../frame_ring.h"
-#include "device_tree.h"
+#include "cpu/frame_ring.h"
+#include "cuda/device_tree.h"
 
 namespace fastreplay {
 

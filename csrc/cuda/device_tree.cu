@@ -1,6 +1,6 @@
-#include "../window.h"
-#include "device_tree.h"
-#include "kernel.cuh"
+#include "core/window.h"
+#include "cuda/device_tree.h"
+#include "cuda/kernel.cuh"
 
 namespace fastreplay {
 namespace {

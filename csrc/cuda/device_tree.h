@@ -29,7 +29,7 @@
 
 #include <cstdint>
 
-#include "counters.h"
+#include "cuda/counters.h"
 
 namespace fastreplay {
 

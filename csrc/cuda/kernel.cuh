@@ -5,10 +5,10 @@
 
 #include <cstdint>
 
-#include "../philox.h"
-#include "../priority.h"
-#include "device_tree.h"
-#include "runtime.h"
+#include "core/philox.h"
+#include "core/priority.h"
+#include "cuda/device_tree.h"
+#include "cuda/runtime.h"
 
 // Memory of a block. The tests compile these sources as C++, where it cannot be a static variable.
 #ifdef __CUDACC__

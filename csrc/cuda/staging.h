@@ -13,7 +13,7 @@
 #include <array>
 #include <cstdint>
 
-#include "runtime.h"
+#include "cuda/runtime.h"
 
 namespace fastreplay {
 

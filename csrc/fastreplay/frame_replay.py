@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 class FrameReplay:
-    """Rings of environment steps, one for each of `num_envs` games (rules: csrc/window.h).
+    """Rings of environment steps, one for each of `num_envs` games (rules: csrc/core/window.h).
 
     Args:
         capacity: rows in all; each game has capacity // num_envs.

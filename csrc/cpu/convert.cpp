@@ -1,9 +1,9 @@
-#include "convert.h"
+#include "cpu/convert.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "instructions.h"
+#include "cpu/instructions.h"
 
 namespace fastreplay {
 namespace {
@@ -24,7 +24,7 @@ struct Kernels {
 
 namespace plain {
 #define FR_TARGET
-#include "convert_kernels.inl"
+#include "cpu/convert_kernels.inl"
 #undef FR_TARGET
 }  // namespace plain
 
@@ -32,13 +32,13 @@ namespace plain {
 #define FR_F16C 1
 namespace avx2 {
 #define FR_TARGET FR_TARGET_AVX2
-#include "convert_kernels.inl"
+#include "cpu/convert_kernels.inl"
 #undef FR_TARGET
 }  // namespace avx2
 
 namespace avx512 {
 #define FR_TARGET FR_TARGET_AVX512
-#include "convert_kernels.inl"
+#include "cpu/convert_kernels.inl"
 #undef FR_TARGET
 }  // namespace avx512
 #endif

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "philox.h"
+#include "core/philox.h"
 
 namespace fastreplay {
 

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "convert.h"
-#include "tensor_view.h"
+#include "cpu/convert.h"
+#include "python/tensor_view.h"
 
 namespace fastreplay {
 

@@ -1,11 +1,11 @@
-#include "sum_tree.h"
+#include "cpu/sum_tree.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "instructions.h"
-#include "philox.h"
-#include "priority.h"
+#include "cpu/instructions.h"
+#include "core/philox.h"
+#include "core/priority.h"
 
 namespace fastreplay {
 namespace {
@@ -25,7 +25,7 @@ struct Kernels {
 namespace plain {
 #define FR_TARGET
 #define FR_WIDTH 1
-#include "sum_tree_kernels.inl"
+#include "cpu/sum_tree_kernels.inl"
 #undef FR_TARGET
 #undef FR_WIDTH
 }  // namespace plain
@@ -34,7 +34,7 @@ namespace plain {
 namespace avx2 {
 #define FR_TARGET FR_TARGET_AVX2
 #define FR_WIDTH 4
-#include "sum_tree_kernels.inl"
+#include "cpu/sum_tree_kernels.inl"
 #undef FR_TARGET
 #undef FR_WIDTH
 }  // namespace avx2
@@ -42,7 +42,7 @@ namespace avx2 {
 namespace avx512 {
 #define FR_TARGET FR_TARGET_AVX512
 #define FR_WIDTH 8
-#include "sum_tree_kernels.inl"
+#include "cpu/sum_tree_kernels.inl"
 #undef FR_TARGET
 #undef FR_WIDTH
 }  // namespace avx512

@@ -1,7 +1,7 @@
-// The names of fastreplay._cuda. Docstrings of methods that _cpu has too are in ../bindings.cpp.
+// The names of fastreplay._cuda. Docstrings of methods that _cpu has too are in cpu_bindings.cpp.
 #include <pybind11/pybind11.h>
 
-#include "checked.h"
+#include "python/cuda_checked.h"
 
 namespace py = pybind11;
 

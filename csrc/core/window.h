@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "philox.h"
+#include "core/philox.h"
 
 namespace fastreplay {
 

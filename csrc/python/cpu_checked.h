@@ -13,11 +13,11 @@
 #include <utility>
 #include <vector>
 
-#include "arguments.h"
-#include "frame_ring.h"
-#include "priority.h"
-#include "sum_tree.h"
-#include "tensor_view.h"
+#include "python/arguments.h"
+#include "cpu/frame_ring.h"
+#include "core/priority.h"
+#include "cpu/sum_tree.h"
+#include "python/tensor_view.h"
 
 #ifdef __unix__
 #include <unistd.h>

@@ -1,4 +1,4 @@
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 #include <cstring>
 

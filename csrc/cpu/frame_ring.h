@@ -26,9 +26,9 @@
 #include <memory>
 #include <vector>
 
-#include "convert.h"
-#include "sum_tree.h"
-#include "window.h"
+#include "cpu/convert.h"
+#include "cpu/sum_tree.h"
+#include "core/window.h"
 
 namespace fastreplay {
 

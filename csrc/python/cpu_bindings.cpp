@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "checked.h"
-#include "instructions.h"
-#include "thread_pool.h"
+#include "python/cpu_checked.h"
+#include "cpu/instructions.h"
+#include "cpu/thread_pool.h"
 
 namespace py = pybind11;
 

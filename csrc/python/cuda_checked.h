@@ -19,13 +19,13 @@
 #include <utility>
 #include <vector>
 
-#include "../arguments.h"
-#include "../priority.h"
-#include "counters.h"
-#include "device_ring.h"
-#include "device_tree.h"
-#include "runtime.h"
-#include "staging.h"
+#include "python/arguments.h"
+#include "core/priority.h"
+#include "cuda/counters.h"
+#include "cuda/device_ring.h"
+#include "cuda/device_tree.h"
+#include "cuda/runtime.h"
+#include "cuda/staging.h"
 
 namespace fastreplay {
 

@@ -1,12 +1,12 @@
-#include "frame_ring.h"
+#include "cpu/frame_ring.h"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
-#include "philox.h"
-#include "priority.h"
-#include "thread_pool.h"
+#include "core/philox.h"
+#include "core/priority.h"
+#include "cpu/thread_pool.h"
 
 #ifdef __unix__
 #include <sys/mman.h>
