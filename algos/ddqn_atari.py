@@ -2,33 +2,176 @@
 
     y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-)
 
-The maximum over noisy values is too high on average: the noise that lifts a value also gets it
-chosen. Here one network chooses the action and the other values it, so their errors do not add up.
+DQN's max over noisy estimates is biased upwards: an action is chosen because it is overestimated.
+Here theta chooses the action and theta^- evaluates it, so one network's error is not counted twice.
 
-Parent: dqn_atari.py. What changes: the target in td_loss, nothing else.
+Parent: dqn_atari.py. What changes: two lines of td_loss.
 
-Deviations from the paper: those of dqn_atari.py.
+Deviations from the paper:
+1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp; PyTorch's default initialisation; the
+   last convolution is flattened by row, column, channel, which only orders the weights; each action
+   has its own bias (paper, tuned: one for all).
+2. 10M agent steps of 4 frames (paper: 50M). Epsilon ends at 0.01 and is 0.01 in evaluation (paper,
+   tuned: 0.01 and 0.001); evaluated games last up to 30 minutes, as in the paper.
+3. theta^- lives 1,000 agent steps, which are 250 updates (paper, tuned: 30,000 steps).
+4. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
 
 Run: python algos/ddqn_atari.py --env-id BreakoutNoFrameskip-v4
 """
+
+import copy
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Args:  # of the algorithm; RunArgs, below the line, adds --device, --resume and the like
+    env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game; ALE/Pong-v5 has sticky actions
+    num_envs: int = 8  # games played in parallel
+    seed: int = 1  # of the games, the network, exploration and replay
+    total_timesteps: int = 10_000_000  # agent steps, summed over the games; one is four frames
+    learning_rate: float = 1e-4  # Adam's
+    buffer_size: int = 1_000_000  # agent steps kept for replay; 7.1 kB each
+    gamma: float = 0.99  # discount factor
+    n_step: int = 1  # rewards summed before the bootstrap
+    tau: float = 1.0  # theta^- <- tau theta + (1 - tau) theta^-; 1 copies the network
+    target_network_frequency: int = 1_000  # agent steps between refreshes of theta^-
+    batch_size: int = 32  # transitions per update
+    loss: Literal["huber", "mse"] = "huber"  # clipped error as in the paper, or squared
+    start_e: float = 1.0  # epsilon at the first step
+    end_e: float = 0.01  # epsilon once it has decayed
+    exploration_fraction: float = 0.10  # fraction of total_timesteps over which epsilon decays
+    learning_starts: int = 50_000  # agent steps stored before the first update
+    train_frequency: int = 4  # agent steps per update
+
+
+class Batch(NamedTuple):  # k <= n_step: an episode may end before n steps
+    obs: torch.Tensor  # s, the last 4 frames, (B, 4, 84, 84) uint8, or float32 in [0, 1]
+    actions: torch.Tensor  # a, (B,) int64
+    rewards: torch.Tensor  # r_0 + gamma r_1 + ... + gamma^(k-1) r_(k-1), (B,) float32
+    next_obs: torch.Tensor  # s', k steps later, as obs
+    discounts: torch.Tensor  # gamma^k, or 0 where s' is terminal, (B,) float32
+    indices: torch.Tensor  # rows of the replay, (B,) int64: for prioritized replay, as are the
+    is_weights: torch.Tensor  # importance-sampling weights, (B,) float32, 1 if uniform
+
+
+class QNetwork(nn.Module):
+    """Three convolutions and two linear layers: (B, 4, 84, 84) frames -> (B, A) action values."""
+
+    def __init__(self, n_actions: int):
+        super().__init__()
+        self.n_actions = n_actions
+        self.features = Features(  # nn.Sequential, tuned for the device; see below the line
+            nn.Conv2d(4, 32, 8, stride=4),  # (B, 32, 20, 20)
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),  # (B, 64, 9, 9)
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),  # (B, 64, 7, 7)
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(512, n_actions)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(scaled(obs)))  # scaled: uint8 / 255
+
+
+def td_loss(q_network, target_network, batch: Batch, args: Args):
+    """The loss of a batch, a scalar; its TD errors, for prioritized replay, and Q(s, a), (B,)."""
+    with torch.no_grad():
+        # y = r + gamma^k Q(s', argmax_a' Q(s', a'; theta); theta^-)
+        next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)
+        next_q_values = target_network(batch.next_obs).gather(1, next_actions).squeeze(1)  # (B,)
+        td_target = batch.rewards + batch.discounts * next_q_values  # (B,)
+    q_taken = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)  # Q(s, a), (B,)
+    criterion = F.smooth_l1_loss if args.loss == "huber" else F.mse_loss
+    return criterion(q_taken, td_target), (td_target - q_taken).detach(), q_taken.detach()
+
+
+def epsilon_at(step: int, args: Args) -> float:
+    """Epsilon decays linearly from start_e to end_e, then stays there."""
+    duration = args.exploration_fraction * args.total_timesteps
+    progress = min(step / duration, 1.0) if duration else 1.0
+    return args.start_e + progress * (args.end_e - args.start_e)
+
+
+@torch.inference_mode()
+def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
+    """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any action, (n,) int64."""
+    actions = rng.integers(q_network.n_actions, size=len(obs))
+    explore = rng.random(len(obs)) < epsilon
+    if not explore.all():
+        q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
+        actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
+    return actions
+
+
+def main(args: Args) -> None:
+    run = Run(args)  # progress bar, logs, evaluations, checkpoints
+    envs = make_envs(args.env_id, args.num_envs, args.seed)
+    q_network = QNetwork(envs.n_actions).to(run.device)
+    target_network = copy.deepcopy(q_network)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    replay = make_replay(args, run.device)  # keeps each frame once; sample() builds the stacks
+    learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
+    run.start(learner, replay, envs)  # what a checkpoint holds; --resume loads it here
+    loss_fn = torch.compile(td_loss) if args.compile else td_loss
+    (obs, episode_starts), loss, q_taken = envs.reset(), None, None  # None until the first update
+    for global_step in run.steps():  # 0, num_envs, 2 num_envs, ...; Ctrl-C ends it early
+        # ---- 1. act ------------------------------------------------------------------------------
+        epsilon = epsilon_at(global_step, args)
+        actions = act(q_network, obs, epsilon, run.rng, run.device)
+        # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
+        envs.send(actions)
+
+        if len(replay) >= args.learning_starts:
+            # ---- 3. learn ------------------------------------------------------------------------
+            for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
+                batch = replay.sample(args.batch_size)
+                loss, _, q_taken = loss_fn(q_network, target_network, batch, args)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            # ---- 4. sync target ------------------------------------------------------------------
+            if run.due(args.target_network_frequency):
+                for p_target, p in zip(target_network.parameters(), q_network.parameters()):
+                    p_target.data.lerp_(p.data, args.tau)
+        # ---- 5. store: one frame a game, the newest of 4; the replay stacks them and finds s' ----
+        next_obs, rewards, terminations, _, infos = envs.recv()  # truncated: s' keeps its value
+        replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
+        obs, episode_starts = next_obs, infos["episode_starts"]
+
+        run.log(infos["episodes"], epsilon, loss, q_taken)
+
+
+# ==================================================================================================
+# End of Double DQN. Below: first the replay of frames, half of the lesson on Atari; then the games,
+# logs, evaluation, checkpoints and speed. All of it is the same in every *_atari.py.
+# ==================================================================================================
 
 import contextlib
 import ctypes
 import importlib.util
 import os
+import re
+import shlex
 import signal
 import sys
+import threading
 import time
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from torch.utils.tensorboard import SummaryWriter
@@ -36,201 +179,61 @@ from tqdm import tqdm
 
 try:
     import fastreplay
-except ImportError:  # the replay below does the same, more slowly
+except ImportError:  # FrameReplay, below, does the same, more slowly
     fastreplay = None
-
-VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
 
 
 @dataclass
-class Args:
-    # run
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the folder's name under `runs/`"""
-    seed: int = 1
-    """seed of the games, the network, exploration and replay"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; `auto` takes the GPU when there is one"""
-    torch_threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice"""
-    bfloat16: bool = False
-    """compute the networks in bfloat16 (autocast); weights and optimiser stay float32"""
-    compile: bool = False
-    """compile the loss with torch.compile (needs a C++ compiler; about 30 s at the start)"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "cleanq"
-    """project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """team on Weights & Biases"""
-    capture_video: bool = False
-    """film one game at every evaluation into the run's folder (needs `pip install moviepy`)"""
-    log_frequency: int = 1_000
-    """agent steps between two log entries"""
-    eval_frequency: int = 250_000
-    """agent steps between two evaluations; 0 leaves only the last one"""
-    eval_episodes: int = 10
-    """whole games in an evaluation"""
-    eval_e: float = 0.01
-    """epsilon while evaluating"""
-    checkpoint_frequency: int = 100_000
-    """agent steps between two checkpoints; 0 leaves only the last one"""
-    checkpoint_replay: bool = False
-    """put the replay into the checkpoint, so that a resumed run goes on bit for bit"""
-    resume: str | None = None
-    """checkpoint to go on from; its arguments hold unless given anew"""
-    evaluate: str | None = None
-    """checkpoint to evaluate; nothing is trained or written"""
-
-    # environment
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """any Atari game: `PongNoFrameskip-v4`, or `ALE/Pong-v5` with sticky actions"""
-    num_envs: int = 8
-    """games played side by side"""
-
-    # algorithm
-    total_timesteps: int = 10_000_000
-    """agent steps in all; one is four frames"""
-    learning_rate: float = 1e-4
-    """step size of Adam"""
+class RunArgs(Args):
+    exp_name: str = Path(__file__).stem  # part of the name of the run's folder under `runs/`
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; `auto`: the GPU if any
+    torch_threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
+    # the NumPy class below or fastreplay's, on the CPU or GPU; `auto` takes the best that is built
     buffer: Literal["auto", "numpy", "cpp", "cuda"] = "auto"
-    """the NumPy class below or fastreplay's, on the CPU or GPU; `auto` takes the best there is"""
-    buffer_size: int = 1_000_000
-    """agent steps in the replay; each takes 7.1 kB"""
-    gamma: float = 0.99
-    """discount factor"""
-    n_step: int = 1
-    """rewards summed before the bootstrap"""
-    tau: float = 1.0
-    """target update: theta^- <- tau theta + (1 - tau) theta^-; 1 copies"""
-    target_network_frequency: int = 1_000
-    """agent steps between two target updates"""
-    batch_size: int = 32
-    """transitions in an update"""
-    loss: Literal["huber", "mse"] = "huber"
-    """huber: error clipped to [-1, 1] in the gradient, as in the paper; mse: squared"""
-    start_e: float = 1.0
-    """epsilon at the first step"""
-    end_e: float = 0.01
-    """epsilon at the end of exploration"""
-    exploration_fraction: float = 0.10
-    """part of `total_timesteps` in which epsilon falls from `start_e` to `end_e`"""
-    learning_starts: int = 50_000
-    """agent steps in the replay before the first update"""
-    train_frequency: int = 4
-    """agent steps between two updates"""
+    bfloat16: bool = False  # compute the features in bfloat16; weights and optimiser stay float32
+    compile: bool = False  # torch.compile the loss (needs a C++ compiler; takes 30 s at the start)
+    track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
+    wandb_project_name: str = "cleanq"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    capture_video: bool = False  # film each evaluation (needs `pip install moviepy`)
+    log_frequency: int = 1_000  # agent steps between two log entries
+    eval_frequency: int = 250_000  # agent steps between two evaluations; 0: only the last one
+    eval_episodes: int = 10  # whole games per evaluation; 0: no evaluation
+    eval_e: float = 0.01  # epsilon while evaluating
+    stop_return: float | None = None  # stop when the mean of the last 100 games reaches this
+    checkpoint_frequency: int = 100_000  # agent steps between checkpoints; 0: only the last
+    checkpoint_replay: bool = False  # save the replay too: a resumed run goes on bit for bit
+    resume: str | None = None  # checkpoint to go on from; its arguments hold unless given anew
+    evaluate: str | None = None  # checkpoint to evaluate; nothing is trained
 
 
-class Games(AtariVectorEnv):
-    """Atari games on native threads; they report whole games, and go on where a checkpoint stood.
-
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
-    A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
-    step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
-
-    The emulator is deterministic, so a game is its seed and the actions since. Both are kept, and
-    `start` plays them again; a fresh seed every 5,000 steps or so keeps them few.
-    """
-
-    def __init__(self, game: str, num_envs: int, seed: int, **options):
-        super().__init__(game, num_envs, reward_clipping=False, **options)
-        self.rng = np.random.default_rng(seed)
-
-    def start(self, state: dict | None = None):
-        """New games, or those of a `state_dict`. -> obs (num_envs, 4, 84, 84) uint8, infos"""
-        n = self.num_envs
-        self.seeds, self.histories = self.rng.integers(2**31, size=n), [[] for _ in range(n)]
-        self.returns, self.lengths = np.zeros(n), np.zeros(n, np.int64)
-        self.starts = np.ones(n, bool)  # whether the frame in hand opens an episode
-        if state:
-            self.rng.bit_generator.state = state["rng"]
-            self.histories = [history.tolist() for history in state["histories"]]
-            for name in ("seeds", "returns", "lengths", "starts"):
-                setattr(self, name, state[name].numpy().copy())
-        obs, infos = self.reset(seed=self.seeds)
-        longest = max(map(len, self.histories))
-        for t in range(-longest, 1):  # a shorter history starts later, so that all end together
-            now = np.array([len(history) == -t for history in self.histories])
-            if now.any():
-                obs, infos = self.reset(seed=self.seeds[now], options={"reset_mask": now})
-            if t < 0:
-                actions = [history[t] if len(history) >= -t else 0 for history in self.histories]
-                super().send(np.array(actions))
-                obs, *_, infos = super().recv()
-        self.frame_numbers = infos["episode_frame_number"]
-        return obs, infos | {"episode_starts": self.starts}
-
-    def send(self, actions: np.ndarray) -> None:
-        """Let every game take its action, (num_envs,) int64, while the caller goes on."""
-        for history, action in zip(self.histories, actions.tolist()):
-            history.append(action)
-        super().send(actions)
-
-    def recv(self):
-        """Wait for the games. `infos["episodes"]`: (game, return, length) of those reset."""
-        obs, rewards, terminations, truncations, infos = super().recv()
-        self.starts = infos["episode_frame_number"] <= self.frame_numbers  # it fell: a reset
-        self.returns += rewards
-        self.lengths += ~self.starts
-        over = np.flatnonzero(self.starts)
-        episodes = [(game, float(self.returns[game]), int(self.lengths[game])) for game in over]
-        self.returns[over] = self.lengths[over] = 0
-        stale = self.starts & np.array([len(history) > 5_000 for history in self.histories])
-        if stale.any():
-            self.seeds[stale] = self.rng.integers(2**31, size=stale.sum())
-            self.histories = [[] if fresh else h for fresh, h in zip(stale, self.histories)]
-            obs, infos = self.reset(seed=self.seeds[stale], options={"reset_mask": stale})
-        self.frame_numbers = infos["episode_frame_number"]
-        infos |= {"episode_starts": self.starts, "episodes": episodes}
-        return obs, rewards, terminations, truncations, infos
-
-    def state_dict(self) -> dict:
-        arrays = {
-            k: torch.tensor(getattr(self, k)) for k in ("seeds", "returns", "lengths", "starts")
-        }
-        histories = [torch.tensor(history, dtype=torch.uint8) for history in self.histories]
-        return arrays | {"histories": histories, "rng": self.rng.bit_generator.state}
+VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
+FIXED_WITH_REPLAY = ("buffer", "buffer_size", "gamma", "n_step")  # what a saved replay depends on
+BYTES_PER_ROW = 84 * 84 + 14  # of the replay
 
 
-def make_env(env_id: str, num_envs: int, seed: int, **options) -> Games:
-    """The games of a v4 or v5 id, with the sticky actions that the id stands for."""
-    try:
-        kwargs = gym.spec(env_id).kwargs
-    except gym.error.Error as e:
-        sys.exit(f"error: --env-id {env_id}: {e} Ids look like PongNoFrameskip-v4 or ALE/Pong-v5.")
-    if "game" not in kwargs:
-        sys.exit(f"error: --env-id {env_id} is not an Atari game; try algos/dqn_cartpole.py.")
-    names = ("repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
-    options = {k: kwargs[k] for k in names if k in kwargs} | {"life_loss_info": True} | options
-    return Games(kwargs["game"], num_envs, seed, **options)
-
-
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, 4, 84, 84) uint8
-    actions: torch.Tensor  # (B,) int64
-    rewards: torch.Tensor  # (B,) float32, discounted sum of k rewards
-    next_obs: torch.Tensor  # (B, 4, 84, 84) uint8, k steps later
-    discounts: torch.Tensor  # (B,) float32, gamma^k (1 - terminated)
-    indices: torch.Tensor  # (B,) int64, rows in the replay
-
-
-# --- shared: frame-replay
 class FrameReplay:
-    """A ring of the newest steps of each game, every frame stored once.
+    """A ring buffer of the newest steps of each game, every frame stored once.
 
     Row t of a game holds the frame seen, the action taken, the reward received, whether the step
     terminated, and whether the frame opened an episode. An episode is a run of rows:
 
         frame   f0  f1  f2  f3 |f0  f1  ...     f3 is a final observation: a row of its own, never
-        opens    1   0   0   0 | 1   0  ...     drawn as a start, always there as a next_obs
+        opens    1   0   0   0 | 1   0  ...     drawn as a start, always available as a next_obs
         start?   y   y   y   - | y   y  ...
 
-    A flat index is game * rows + row. Memory: 7,056 bytes of frame and 14 of the rest a row.
+    A flat index is game * rows + row. Memory per row: 7,056 bytes of frame and 14 of the rest.
     """
 
-    def __init__(self, capacity, frame_shape, num_envs=1, stack=4, n_step=1, gamma=0.99, seed=1):
+    def __init__(
+        self, capacity, frame_shape, num_envs=1, stack=4, n_step=1, gamma=0.99, seed=1, device="cpu"
+    ):
         self.rows, self.num_envs, self.stack = capacity // num_envs, num_envs, stack
         self.n_step, self.gamma, self.rng = n_step, gamma, np.random.default_rng(seed)
+        if self.rows < stack + n_step:
+            least = (stack + n_step) * num_envs
+            raise ValueError(f"a capacity of {capacity} holds no transition; at least {least}")
+        self.device = device  # of the batches
         self.head = self.size = 0  # next row to write, rows stored (of each game)
         shape = (self.rows, num_envs)
         self.frames = np.empty((*shape, *frame_shape), np.uint8)
@@ -244,6 +247,8 @@ class FrameReplay:
 
     def add(self, frames, actions, rewards, terminations, episode_starts) -> None:
         """Write one row for each game: arrays of shape (num_envs, ...)."""
+        if frames.dtype != np.uint8:
+            raise TypeError(f"frames must be uint8, not {frames.dtype}")
         row = self.head
         self.frames[row], self.actions[row], self.rewards[row] = frames, actions, rewards
         self.terminations[row], self.opens[row] = terminations, episode_starts
@@ -252,7 +257,7 @@ class FrameReplay:
     def window(self, indices):
         """The n-step windows of starts -> rewards, k, terminated, complete, all (B,).
 
-        It ends after n steps, at a termination, or at a final observation, whichever comes first.
+        A window ends after n steps, at a termination, or at a final observation.
         """
         games, row = np.divmod(indices, self.rows)
         newest = (self.head - 1 - row) % self.rows  # how many rows of the game are newer
@@ -260,7 +265,7 @@ class FrameReplay:
         terminated, running = np.zeros(len(row), bool), np.ones(len(row), bool)
         for j in range(self.n_step):
             at = (row + j) % self.rows
-            # a row is final when the next one opens an episode; behind the newest nothing is known
+            # A row is final if the next one opens an episode; the newest row has no next one yet.
             final = (newest > j) & self.opens[(at + 1) % self.rows, games]
             running &= ~final & (newest > j)
             rewards += np.where(running, np.float32(self.gamma**j) * self.rewards[at, games], 0)
@@ -272,7 +277,7 @@ class FrameReplay:
         return rewards, k, terminated, (k > 0) & (terminated | (k == self.n_step) | final)
 
     def drawable(self, indices) -> np.ndarray:
-        """Whether a row is a start whose stack and n-step window are whole, (B,) bool."""
+        """Whether a row is a start whose stack and n-step window are stored, (B,) bool."""
         games, row = np.divmod(indices, self.rows)
         older = self.size - 1 - (self.head - 1 - row) % self.rows  # rows stored before this one
         opened = np.zeros(len(row), bool)
@@ -282,7 +287,7 @@ class FrameReplay:
         return (older >= 0) & whole & self.window(indices)[3]
 
     def draw(self, batch_size: int) -> np.ndarray:
-        """Uniform over all drawable rows, (B,) int64; only the rejected are drawn again."""
+        """Uniform over all drawable rows, (B,) int64; only rejected draws are repeated."""
         indices = np.empty(0, np.int64)
         while len(indices) < batch_size:
             game, row = self.rng.integers(0, (self.num_envs, max(self.size, 1)), (batch_size, 2)).T
@@ -296,7 +301,7 @@ class FrameReplay:
         """The last `stack` frames up to a row, zeros before its episode opened, (B, stack, ...)."""
         back = (row[:, None] - np.arange(self.stack - 1, -1, -1)) % self.rows  # (B, stack)
         stacks = self.frames[back, games[:, None]]
-        # alive[s]: no episode opens between frame s and the newest frame of the stack
+        # crossed[s]: an episode opens after frame s, so frame s belongs to the one before
         opens = self.opens[back[:, 1:], games[:, None]]
         crossed = np.logical_or.accumulate(opens[:, ::-1], axis=1)[:, ::-1]  # (B, stack - 1)
         if crossed.any():
@@ -309,8 +314,9 @@ class FrameReplay:
         rewards, k, terminated, _ = self.window(indices)
         discounts = np.where(terminated, 0, self.gamma**k).astype(np.float32)
         obs, next_obs = self.stacks(games, row), self.stacks(games, (row + k) % self.rows)
-        arrays = (obs, self.actions[row, games], rewards, next_obs, discounts, indices)
-        return Batch(*map(torch.from_numpy, arrays))
+        ones = np.ones(len(indices), np.float32)
+        arrays = (obs, self.actions[row, games], rewards, next_obs, discounts, indices, ones)
+        return Batch(*(torch.from_numpy(x).to(self.device) for x in arrays))
 
     def sample(self, batch_size: int) -> Batch:
         return self.gather(self.draw(batch_size))
@@ -321,65 +327,435 @@ class FrameReplay:
         return rows | {"head": self.head, "size": self.size, "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict) -> None:
-        self.head, self.size = state["head"], state["size"]
-        for k in ("frames", "actions", "rewards", "terminations", "opens"):
-            getattr(self, k)[: self.size] = state[k].numpy()
-        self.rng.bit_generator.state = state["rng"]
+        """Raises ValueError, and changes nothing, if the state does not fit this replay."""
+        rng, rows = np.random.default_rng(), []
+        try:
+            rng.bit_generator.state, head, size = state["rng"], state["head"], state["size"]
+            if not (0 <= size <= self.rows and head == (size if size < self.rows else head % size)):
+                raise ValueError(f"row {head} is not the next of {size} in {self.rows} rows")
+            for name in ("frames", "actions", "rewards", "terminations", "opens"):
+                rows.append((getattr(self, name)[:size], state[name].numpy()))
+                if len({(array.shape, array.dtype) for array in rows[-1]}) > 1:
+                    raise ValueError(f"{name} have another shape or dtype")
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"not a state of this replay: {e}") from e
+        for own, saved in rows:
+            own[:] = saved
+        self.head, self.size, self.rng = head, size, rng
 
 
-# --- end shared
+def make_replay(args: RunArgs, device: torch.device):
+    """The class above, or fastreplay's, which does the same faster. Batches come to `device`."""
+    options = {"n_step": args.n_step, "gamma": args.gamma, "seed": args.seed}
+    if args.buffer == "numpy":
+        return FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options, device=device)
+    # Stacks come scaled, in the layout that the convolutions want.
+    options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
+    options["device"] = device if args.buffer == "cuda" else "cpu"
+    try:
+        replay = fastreplay.FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options)
+    except (MemoryError, RuntimeError, ValueError) as e:
+        sys.exit(f"error: --buffer {args.buffer} failed: {e}. Try --buffer numpy.")
+    if args.buffer == "cpp" and device.type == "cuda":
+        sample = replay.sample
+        replay.sample = lambda n: Batch(*(x.to(device, non_blocking=True) for x in sample(n)))
+    return replay
 
 
-class QNetwork(nn.Module):
-    """Three convolutions and a hidden layer: (B, 4, 84, 84) -> (B, A) action values."""
+class Features(nn.Sequential):
+    """nn.Sequential with the same parameters, computed as the device does it fastest.
 
-    def __init__(self, n_actions: int):
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4),  # (B, 32, 20, 20)
-            nn.ReLU(inplace=True),
-            nn.Conv2d(32, 64, 4, stride=2),  # (B, 64, 9, 9)
-            nn.ReLU(inplace=True),
-            nn.Conv2d(64, 64, 3, stride=1),  # (B, 64, 7, 7)
-            nn.ReLU(inplace=True),
-        )
-        self.hidden = nn.Linear(7 * 7 * 64, 512)
-        self.head = nn.Linear(512, n_actions)
+    Images are channels-last; with --bfloat16 the layers compute in bfloat16 and the result is
+    converted back. The first Linear takes the image flattened by row, column, channel, as it lies
+    in memory; in float32 on a CPU it runs as a convolution of the image's size (8% faster).
+    """
+
+    bfloat16 = False  # --bfloat16
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        self.to(memory_format=torch.channels_last)
+        for layer in self:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.uint8:  # else it comes scaled to [0, 1]
-            x = x.to(self.head.weight.dtype) / 255
-        x = self.convolutions(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            for layer in self:
+                if isinstance(layer, nn.Linear) and x.ndim == 4:
+                    x = self.dense(layer, x)
+                elif not isinstance(layer, nn.Flatten):
+                    x = layer(x)
+        x = x.permute(0, 2, 3, 1).flatten(1) if x.ndim == 4 else x
+        return x.to(self[0].weight.dtype)
+
+    @staticmethod
+    def dense(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """The layer of an image (B, C, H, W), flattened by row, column, channel."""
         if x.is_cuda or x.dtype != torch.float32:
-            x = self.hidden(x.permute(0, 2, 3, 1).flatten(1))  # (B, 7, 7, 64) -> (B, 3136)
-        else:  # the same sums as a 7x7 convolution, which a CPU runs faster in float32
-            weight = self.hidden.weight.view(512, 7, 7, 64).permute(0, 3, 1, 2)
-            x = F.conv2d(x, weight, self.hidden.bias).flatten(1)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for an argmax
-            return self.head(F.relu(x).to(self.head.weight.dtype))
+            return layer(x.permute(0, 2, 3, 1).flatten(1))
+        _, channels, height, width = x.shape
+        weight = layer.weight.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, layer.bias).flatten(1)
 
 
-def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """The loss of one batch, a scalar, and its errors y - Q(s, a), (B,)."""
-    with torch.no_grad():
-        # y = r + gamma^k Q(s', argmax_a' Q(s', a'; theta); theta^-): theta chooses, theta^- values
-        next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # (B, 1)
-        next_q_values = target_network(batch.next_obs).gather(1, next_actions).squeeze(1)  # (B,)
-        td_target = batch.rewards + batch.discounts * next_q_values  # (B,)
-    q_taken = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)  # (B,)
-    criterion = F.smooth_l1_loss if args.loss == "huber" else F.mse_loss
-    return criterion(q_taken, td_target), (td_target - q_taken).detach()
+def scaled(obs: torch.Tensor) -> torch.Tensor:
+    """uint8 frames -> [0, 1]; fastreplay has scaled its own while it copied them."""
+    return obs / 255 if obs.dtype == torch.uint8 else obs
 
 
-# --- shared: run
-def epsilon_at(step: int, args: Args) -> float:
-    """Chance of a random action: a line from `start_e` to `end_e`, then flat."""
-    progress = min(step / (args.exploration_fraction * args.total_timesteps), 1.0)
-    return args.start_e + progress * (args.end_e - args.start_e)
+class Games(AtariVectorEnv):
+    """Atari games on native threads, with returns of whole games and an exact state_dict.
+
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
+    step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
+
+    The emulator is deterministic, so a game is determined by its seed and its actions: a checkpoint
+    holds both and replays them. A new seed after some 5,000 steps keeps them few.
+    """
+
+    def __init__(self, game: str, num_envs: int, seed, **options):
+        super().__init__(game, num_envs, reward_clipping=False, **options)
+        self.rng, self.obs = np.random.default_rng(seed), None
+        self.n_actions = int(self.single_action_space.n)
+
+    def reset(self):
+        """New games, or those of load_state_dict. -> obs (num_envs, 4, 84, 84) uint8, starts"""
+        if self.obs is None:
+            n = self.num_envs
+            self.seeds, self.histories = self.rng.integers(2**31, size=n), [[] for _ in range(n)]
+            self.returns, self.lengths = np.zeros(n), np.zeros(n, np.int64)
+            self.starts = np.ones(n, bool)  # whether the current frame opens an episode
+            self.replay_actions()
+        return self.obs, self.starts
+
+    def replay_actions(self) -> None:
+        """Bring every game to where its seed and its actions lead."""
+        self.obs, infos = super().reset(seed=self.seeds)
+        longest = max(map(len, self.histories))
+        for t in range(-longest, 1):  # shorter histories start later, so that all end together
+            now = np.array([len(history) == -t for history in self.histories])
+            if now.any():
+                options = {"reset_mask": now}
+                self.obs, infos = super().reset(seed=self.seeds[now], options=options)
+            if t < 0:
+                actions = [history[t] if len(history) >= -t else 0 for history in self.histories]
+                super().send(np.array(actions))
+                self.obs, *_, infos = super().recv()
+        self.frame_numbers = infos["episode_frame_number"]
+
+    def send(self, actions: np.ndarray) -> None:
+        """Start a step of every game with its action, (num_envs,) int64, and return at once."""
+        for history, action in zip(self.histories, actions.tolist()):
+            history.append(action)
+        super().send(actions)
+
+    def recv(self):
+        """Wait for the step. `infos["episodes"]`: (game, return, length) of the games reset."""
+        obs, rewards, terminations, truncations, infos = super().recv()
+        self.starts = infos["episode_frame_number"] <= self.frame_numbers  # it fell: a reset
+        self.returns += rewards
+        self.lengths += ~self.starts
+        over = np.flatnonzero(self.starts)
+        episodes = [(game, float(self.returns[game]), int(self.lengths[game])) for game in over]
+        self.returns[over] = self.lengths[over] = 0
+        stale = self.starts & np.array([len(history) > 5_000 for history in self.histories])
+        if stale.any():
+            self.seeds[stale] = self.rng.integers(2**31, size=stale.sum())
+            self.histories = [[] if fresh else h for fresh, h in zip(stale, self.histories)]
+            obs, infos = super().reset(seed=self.seeds[stale], options={"reset_mask": stale})
+        self.frame_numbers = infos["episode_frame_number"]
+        infos |= {"episode_starts": self.starts, "episodes": episodes}
+        return obs, rewards, terminations, truncations, infos
+
+    def step(self, actions: np.ndarray):
+        self.send(actions)
+        return self.recv()
+
+    def state_dict(self) -> dict:
+        names = ("seeds", "returns", "lengths", "starts")
+        arrays = {name: torch.tensor(getattr(self, name)) for name in names}
+        histories = [torch.tensor(history, dtype=torch.uint8) for history in self.histories]
+        return arrays | {"histories": histories, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rng.bit_generator.state = state["rng"]
+        self.histories = [history.tolist() for history in state["histories"]]
+        for name in ("seeds", "returns", "lengths", "starts"):
+            setattr(self, name, state[name].numpy().copy())
+        self.replay_actions()
+
+
+def make_envs(env_id: str, num_envs: int, seed, **options) -> Games:
+    """The games of a v4 or v5 id, with the sticky actions that the id stands for."""
+    try:
+        kwargs = dict(gym.spec(env_id).kwargs)
+    except gym.error.Error as e:
+        sys.exit(f"error: --env-id {env_id}: {e} Ids look like PongNoFrameskip-v4 or ALE/Pong-v5.")
+    if "game" not in kwargs:
+        sys.exit(f"error: --env-id {env_id} is not an Atari game; try algos/dqn_cartpole.py.")
+    names = ("game", "repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
+    settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+    if kwargs.pop("frameskip", 4) not in (1, 4) or kwargs:  # 1: left to a wrapper, which takes 4
+        game = re.sub(r"^ALE/|(NoFrameskip)?-v\d+$", "", env_id)
+        sys.exit(
+            f"error: --env-id {env_id} skips a random number of frames or has settings that are "
+            f"not supported; take {game}NoFrameskip-v4 or ALE/{game}-v5."
+        )
+    return Games(num_envs=num_envs, seed=seed, life_loss_info=True, **settings, **options)
+
+
+def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
+    """Play whole games -> their unclipped returns, and the actions of the first, for a film."""
+    rng, n, returns, first_episode = (
+        np.random.default_rng(seed),
+        min(args.eval_episodes, 10),
+        [],
+        [],
+    )
+    envs = make_envs(args.env_id, n, seed)
+    (obs, _), filming = envs.reset(), True
+    # Each lane plays its share of the episodes, so that short ones do not count more often.
+    left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
+    while left.any() and not stop:
+        actions = act(q_network, obs, args.eval_e, rng, device)
+        first_episode += [int(actions[0])] * filming
+        obs, *_, infos = envs.step(actions)
+        for lane, episode_return, _ in infos["episodes"]:
+            filming &= lane != 0
+            if left[lane]:
+                returns.append(episode_return)
+                left[lane] -= 1
+    return np.array(returns), first_episode
+
+
+def film(args: RunArgs, seed, actions: list) -> tuple[list, int]:
+    """The pictures of an evaluation's first game, played again in colour, and how many a second."""
+    colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+    envs = make_envs(args.env_id, 1, seed, **colour)
+    pictures = [envs.reset()[0][0, 0]]
+    for action in actions:
+        obs, *_, infos = envs.step(np.array([action]))
+        if infos["episode_starts"][0]:  # the next game
+            break
+        pictures.append(obs[0, 0])
+    return pictures, 15  # 4 frames a step, 60 frames a second
+
+
+def prepare_torch(args: RunArgs) -> torch.device:
+    """Threads, memory and seed. -> the device of the networks"""
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        # Keep freed memory in the process: mapping it again at every update costs page faults.
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**30), (-2, 2**26)):
+            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    torch.manual_seed(args.seed)
+    Features.bfloat16 = args.bfloat16
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+class Run:
+    """Everything around the algorithm: counting steps, logs, evaluations, checkpoints, Ctrl-C."""
+
+    def __init__(self, args: RunArgs):
+        check_args(args)
+        path = args.resume or args.evaluate
+        self.saved = load_checkpoint(path) if path else {}
+        self.args, self.device = args, prepare_torch(args)
+        self.rng = np.random.default_rng(args.seed)
+        self.first_step = self.step = self.saved.get("global_step", 0)
+        self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
+        self.stop = []  # filled by Ctrl-C, which lets the current step end; a second one exits
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, lambda *_: sys.exit(130) if self.stop else self.stop.append(True))
+
+    def start(self, learner: dict, replay, envs) -> None:
+        """Load the checkpoint, if there is one, and open the log."""
+        self.learner, self.replay, self.envs = learner, replay, envs
+        try:
+            self.load(self.saved)
+        except Exception as e:  # damaged contents raise errors of many kinds
+            reason = str(e).strip().split("\n")[-1].strip()
+            sys.exit(f"error: the checkpoint does not fit these arguments ({reason or repr(e)}).")
+        self.seconds_before, self.started = self.saved.get("seconds", 0.0), time.time()
+        self.saved = {}  # frees a saved replay
+        if not self.args.evaluate:
+            self.open_log()
+
+    def load(self, saved: dict) -> None:
+        for name, part in self.learner.items():
+            if saved and (name == "q_network" or self.args.resume):
+                part.load_state_dict(saved[name])
+        if self.args.resume:
+            if "replay" in saved:
+                self.replay.load_state_dict(saved["replay"])
+            self.envs.load_state_dict(saved["envs"])
+            self.rng.bit_generator.state = saved["rng"]
+            torch.set_rng_state(saved["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in saved:
+                torch.cuda.set_rng_state(saved["cuda_rng"])
+
+    def save(self) -> bool:
+        state = {name: part.state_dict() for name, part in self.learner.items()}
+        if self.args.checkpoint_replay:
+            state["replay"] = self.replay.state_dict()
+        state |= {"envs": self.envs.state_dict(), "rng": self.rng.bit_generator.state}
+        state["torch_rng"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        state |= {"global_step": self.step, "recent_returns": list(self.returns)}
+        state["seconds"] = self.seconds_before + time.time() - self.started
+        args = asdict(self.args) | {"resume": None, "evaluate": None}
+        state |= {"script": Path(__file__).stem, "args": args}
+        return save_checkpoint(self.folder / "checkpoint.pt", state)
+
+    def open_log(self) -> None:
+        args = self.args
+        name = (args.env_id.replace("/", "-"), args.exp_name, args.seed, time.time_ns() // 10**6)
+        new = Path("runs") / "__".join(map(str, name))
+        self.folder = Path(args.resume).parent if args.resume else new
+        if args.track:
+            import wandb
+
+            project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            wandb.init(**project, config=asdict(args), name=self.folder.name, sync_tensorboard=True)
+        # A failed write of the log is raised again by the next call; its thread need not report it.
+        threading.excepthook = lambda e: (
+            None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
+        )
+        try:
+            self.writer = SummaryWriter(str(self.folder))
+        except OSError as e:
+            sys.exit(f"error: cannot write to {self.folder} ({e.strerror}); start elsewhere.")
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        self.write("add_text", "hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+        size = f"{args.buffer_size * BYTES_PER_ROW / 1e9:.1f} GB when full"
+        replay = self.replay if args.buffer == "cuda" else f"{args.buffer} replay, {size}"
+        print(f"{args.exp_name}: {args.env_id}, {replay}, all in {self.folder}", flush=True)
+        wait = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants fewer lines
+        total = args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=wait)
+
+    def steps(self):
+        """Yield the number of steps taken so far; between two iterations do what is due."""
+        args = self.args
+        if args.evaluate:
+            return self.evaluate()
+        try:
+            while self.step < args.total_timesteps and not self.stop and not self.is_solved():
+                yield self.step
+                self.step += args.num_envs
+                self.bar.update(args.num_envs)
+                if self.step < args.total_timesteps:
+                    if self.crossed(args.eval_frequency):
+                        self.evaluate()
+                    if self.crossed(args.checkpoint_frequency):
+                        self.save()
+            self.finish()
+        finally:
+            self.bar.close()
+            self.write("close")
+
+    def due(self, every: int) -> int:
+        """How many multiples of `every` this iteration's num_envs steps reach: 0, 1 or more."""
+        return (self.step + self.args.num_envs) // every - self.step // every
+
+    def crossed(self, every: int) -> bool:
+        """Whether the last iteration reached a multiple of `every`; never if that is 0."""
+        return every > 0 and self.step // every > (self.step - self.args.num_envs) // every
+
+    def is_solved(self) -> bool:
+        goal, returns = self.args.stop_return, self.returns
+        return goal is not None and len(returns) == 100 and np.mean(returns) >= goal
+
+    def finish(self) -> None:
+        """The last evaluation and checkpoint, and how to go on if steps are left."""
+        unfinished = self.step < self.args.total_timesteps and not self.is_solved()
+        if not unfinished:
+            self.evaluate()
+        self.bar.close()
+        if not self.save():
+            sys.exit(1)
+        if unfinished:
+            command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
+            print("go on with: python", shlex.join(command))
+
+    def log(self, episodes: list, epsilon: float, loss, q_values, **figures) -> None:
+        """Write what CleanRL's dashboards show. Tensors are reduced to their mean, when logged."""
+        args, step = self.args, self.step + self.args.num_envs
+        for _, episode_return, length in episodes:
+            self.returns.append(episode_return)
+            self.write("add_scalar", "charts/episodic_return", episode_return, step)
+            self.write("add_scalar", "charts/episodic_length", length, step)
+        if not self.due(args.log_frequency):
+            return
+        if args.buffer == "cuda":
+            self.replay.check()  # raises what its kernels reported since the last check
+        seconds = time.time() - self.started
+        figures |= {"charts/epsilon": epsilon, "losses/td_loss": loss, "losses/q_values": q_values}
+        if self.returns:
+            figures["charts/mean_return_100"] = np.mean(self.returns)
+        figures = {k: torch.as_tensor(x).mean().item() for k, x in figures.items() if x is not None}
+        if not np.isfinite(figures.get("losses/td_loss", 0.0)):
+            sys.exit(
+                "error: the loss is not finite; the last checkpoint is kept. Try a smaller "
+                f"--learning-rate (it is {args.learning_rate})."
+            )
+        self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
+        figures["charts/SPS"] = (step - self.first_step) / seconds
+        figures["charts/hours"] = (self.seconds_before + seconds) / 3600
+        for name, x in figures.items():
+            self.write("add_scalar", name, x, step)
+
+    def write(self, what: str, *values) -> None:
+        """Call a method of the TensorBoard writer; go on without a log if that fails."""
+        try:
+            if self.writer:
+                getattr(self.writer, what)(*values)
+        except OSError as e:
+            self.writer = None
+            tqdm.write(f"error: no more logs in {self.folder} ({e.strerror}); training goes on.")
+
+    def evaluate(self) -> None:
+        """Play episodes of new seeds, which follow from --seed and the step; film the first."""
+        args, q_network = self.args, self.learner["q_network"]
+        if not args.eval_episodes:
+            return
+        seed = (args.seed, self.step + 1)
+        q_network.eval()
+        returns, actions = evaluate(q_network, args, self.device, seed, self.stop)
+        q_network.train()
+        if self.stop:
+            return tqdm.write(f"evaluation stopped after {len(returns)} episodes")
+        told = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
+        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {told}")
+        if not args.evaluate:
+            self.write("add_scalar", "eval/episodic_return", returns.mean(), self.step)
+        if args.capture_video:
+            folder = Path(args.evaluate).parent if args.evaluate else self.folder
+            save_film(folder / "videos", f"step-{self.step}", *film(args, seed, actions))
+
+
+def save_film(folder: Path, name: str, pictures: list, fps: int) -> None:
+    """Write an mp4 file of a new name."""
+    from moviepy import ImageSequenceClip
+
+    path = folder / f"{name}.mp4"
+    while path.exists():
+        path = path.with_stem(path.stem + "-again")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ImageSequenceClip(pictures, fps=fps).write_videofile(str(path), logger=None)
+    except OSError as e:
+        tqdm.write(f"error: {path} not written ({e.strerror or 'ffmpeg failed'})")
 
 
 def save_checkpoint(path: Path, state: dict) -> bool:
-    """Write whole or not at all: the new file takes the old one's place once it is on the disk."""
+    """Write whole or not at all: the new file replaces the old one once it is on the disk."""
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
@@ -387,324 +763,168 @@ def save_checkpoint(path: Path, state: dict) -> bool:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
-        print(f"error: {path} not written ({reason}); an older one is kept", file=sys.stderr)
+        return True
+    except (OSError, RuntimeError) as e:  # torch wraps the file's error
+        cause = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(cause, "strerror", None) or str(e).split("\n")[0]
+        kept = "; the one before it is kept" if path.exists() else ""
+        tqdm.write(f"error: {path} not written ({reason.lower()}){kept}", file=sys.stderr)
         with contextlib.suppress(OSError):
             partial.unlink()
         return False
-    return True
 
 
-def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint of this script (plain data: no code is run), or leave with one line."""
+def load_checkpoint(path: str, verify: bool = True) -> dict:
+    """Read a checkpoint of this script without running code from it, or exit with one line."""
     try:
+        if verify and zipfile.ZipFile(path).testzip():  # torch checks no sums with mmap
+            raise ValueError("a checksum differs")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        script = state["script"]
-        Args(**state["args"])
+        if state["script"] != Path(__file__).stem:
+            raise ValueError(f"it was written by {state['script']}.py")
+        for field in fields(RunArgs):
+            value, default = state["args"][field.name], field.default
+            if default is not None and type(value) is not type(default):
+                raise ValueError(f"its {field.name} is {value!r}")
+        for name, kind in (("global_step", int), ("recent_returns", list), ("seconds", float)):
+            if not isinstance(state[name], kind):
+                raise ValueError(f"its {name} is {state[name]!r}")
+        return state
     except FileNotFoundError:
-        sys.exit(f"error: no checkpoint at {path}; they lie at runs/<run>/checkpoint.pt.")
-    except Exception as e:
+        sys.exit(f"error: no checkpoint at {path}; look for runs/<run>/checkpoint.pt.")
+    except Exception as e:  # damaged contents raise errors of many kinds
         reason = str(e).strip().split("\n")[0]
-        sys.exit(f"error: {path} is no whole checkpoint of this script ({reason}); take another.")
-    if script != Path(__file__).stem:
-        sys.exit(f"error: {path} was written by {script}.py; give it to that script.")
-    return state
+        sys.exit(f"error: {path} is not a checkpoint of this script, or is damaged ({reason}).")
 
 
-def parse_args() -> tuple[Args, dict]:
-    """The arguments, and the checkpoint, whose arguments hold unless they are given anew."""
-    args = tyro.cli(Args)
-    saved = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
-    if saved:
-        args = tyro.cli(Args, default=Args(**saved["args"]))
-    if args.evaluate:  # plays without a replay: none of the stopped run's size or kind is needed
-        args.buffer, args.buffer_size = "numpy", 10_000 * args.num_envs
-        args.learning_starts = args.batch_size = 1
-    for name in ("env_id", "num_envs", "buffer", "buffer_size") if args.resume else ():
-        if getattr(args, name) != saved["args"][name]:
-            flag, was = "--" + name.replace("_", "-"), saved["args"][name]
-            sys.exit(f"error: {flag} cannot change when a run is resumed; leave it at {was}.")
-    return args, saved
+# CleanRL's flags that are called something else here, or need not be given.
+CLEANRL_FLAGS = {
+    "--cuda": ["--device", "auto"],
+    "--no-cuda": ["--device", "cpu"],
+    "--save-model": [],  # a checkpoint is always saved
+    "--torch-deterministic": [],  # always so on a CPU
+}
 
 
-def built_buffers(args: Args) -> list[str]:
-    """The kinds of replay that this run can have, the best last."""
+def parse_args() -> RunArgs:
+    """The command line. With --resume or --evaluate the defaults are the checkpoint's arguments."""
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in sys.argv[1:]]
+    words = [part for word in words for part in CLEANRL_FLAGS.get(word, [word])]
+    args = tyro.cli(RunArgs, args=words)
+    path = args.resume or args.evaluate
+    if not path:
+        return args
+    if args.resume and args.evaluate:
+        sys.exit("error: give --resume or --evaluate, not both.")
+    checkpoint = load_checkpoint(path, verify=False)  # Run verifies it
+    saved = checkpoint["args"]
+    if args.evaluate:  # takes over what defines the agent: not the saved run's logs or hardware
+        algorithm = {field.name for field in fields(Args)}
+        saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith("eval_")}
+    args = tyro.cli(RunArgs, args=words, default=RunArgs(**saved))
+    if args.evaluate:
+        args.buffer_size, args.learning_starts = 1_000 * args.num_envs, 100 * args.num_envs
+        args.batch_size = 1  # nothing is stored or learned
+        return args
+    fixed = ("env_id", "num_envs") + (FIXED_WITH_REPLAY if "replay" in checkpoint else ())
+    for name in fixed:
+        if getattr(args, name) != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"error: {flag} cannot change in a resumed run; leave it at {saved[name]}.")
+    return args
+
+
+def check_args(args: RunArgs) -> None:
+    """Exit with one line that says which argument is wrong, before anything is written."""
+
+    def must(name: str, rule: str, holds: bool) -> None:
+        if not holds:
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"error: {flag} must be {rule} (it is {getattr(args, name)}).")
+
+    fractions = ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "eval_e")
+    or_zero = ("seed", "torch_threads", "eval_frequency", "eval_episodes", "checkpoint_frequency")
+    positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
+    positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
+    for name, value in asdict(args).items():
+        if name in fractions:
+            must(name, "between 0 and 1", 0 <= value <= 1)
+        elif name in or_zero:
+            must(name, "0 or more", 0 <= value < 2**63)
+        elif name in positive or name in ("log_frequency", "eval_max_steps"):
+            must(name, "positive", 0 < value < 2**63)
+        elif isinstance(value, float):
+            must(name, "a finite number", np.isfinite(value))
+    for rule in args.rules() if hasattr(args, "rules") else ():  # an algorithm's own
+        must(*rule)
+    must("torch_threads", "at most 1024", args.torch_threads <= 1024)
+    on_gpu = args.device != "cuda" or torch.cuda.is_available()
+    must("device", "cpu or auto where torch finds no GPU", on_gpu)
+    for package, flag in (*((x, "capture_video") for x in VIDEO_PACKAGES), ("wandb", "track")):
+        holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
+        must(flag, f"left out, or run `pip install {package}` first", holds)
+    check_replay_args(args, must)
+
+
+def built_buffers(args: RunArgs) -> list[str]:
+    """The replays that this run can use, the best last."""
     kinds = ["numpy", *(fastreplay.backends() if fastreplay else ())]
     on_gpu = args.device != "cpu" and "cuda" in kinds and not fastreplay.cuda_problem()
     return [kind for kind in kinds if kind != "cuda" or on_gpu]
 
 
-def check_args(args: Args, bytes_per_row: int) -> None:
-    """Leave with one line that says which argument is wrong, before anything is written."""
-    may_be_zero = ("seed", "torch_threads", "eval_frequency", "checkpoint_frequency")
-    fractions = ("gamma", "tau", "start_e", "end_e", "eval_e")
-    rules = []  # (argument, what it must be, whether it is)
-    for name, value in asdict(args).items():
-        if name in fractions:
-            rules.append((name, "between 0 and 1", 0 <= value <= 1))
-        elif name in may_be_zero:
-            rules.append((name, "0 or more", 0 <= value < 2**63))
-        elif type(value) in (int, float):
-            rules.append((name, "positive", 0 < value < 2**63))
-    rows = args.buffer_size // max(args.num_envs, 1)  # of each environment
-    room = (rows - 8 - getattr(args, "n_step", 1)) * args.num_envs
-    holds = args.learning_starts <= room
-    rules.append(("learning_starts", f"at most {room} in this buffer", holds))
-    rules.append(("batch_size", "at most --buffer-size", args.batch_size <= args.buffer_size))
-    rules.append(("torch_threads", "at most 1024", args.torch_threads <= 1024))
-    place = "nvcc, and used on a GPU" if args.buffer == "cuda" else "a compiler"
-    built = args.buffer in built_buffers(args)
-    rules.append(("buffer", f"built first, with `pip install .` where there is {place}", built))
-    cuda = args.device != "cuda" or torch.cuda.is_available()
-    rules.append(("device", "cpu or auto where torch finds no GPU", cuda))
-    needs = [*((package, "capture_video") for package in VIDEO_PACKAGES), ("wandb", "track")]
-    for package, flag in needs:
-        holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
-        rules.append((flag, f"left out, or run `pip install {package}` first", holds))
-    free = max(free_memory() - 2**30, 0)  # 1 GiB for the rest
-    if args.buffer == "cuda" and built:  # on the GPU, or else in the machine's memory
+def check_replay_args(args: RunArgs, must) -> None:
+    """Choose the replay, and check that it can be made, fits into memory and can be drawn from."""
+    built = built_buffers(args)
+    args.buffer = built[-1] if args.buffer == "auto" else args.buffer
+    place = "nvcc, and used on a GPU" if args.buffer == "cuda" else "a C++ compiler"
+    rule = f"built first, with `pip install .` where there is {place}"
+    must("buffer", rule, args.buffer in built)
+    must("n_step", "at most 1000", args.n_step <= 1_000)
+    least = (12 + args.n_step) * args.num_envs  # a stack, a window, and 8 rows more in each game
+    must("buffer_size", f"at least {least} for --num-envs games", args.buffer_size >= least)
+    least = (1 + args.n_step) * args.num_envs
+    must("learning_starts", f"at least {least}: whole transitions", args.learning_starts >= least)
+    stored = args.buffer_size // args.num_envs * args.num_envs
+    for name in ("learning_starts", "batch_size"):
+        must(name, f"at most {stored}, --buffer-size", getattr(args, name) <= stored)
+    free = free_memory()
+    if args.buffer == "cuda":  # on the GPU, or else in the machine's memory
         free = max(free, int(0.9 * torch.cuda.mem_get_info()[0]))
-    fits = free // bytes_per_row // 1_000 * 1_000
-    rules.append(("buffer_size", f"at most {fits} in this memory", args.buffer_size <= fits))
-    for name, rule, holds in rules:
-        if not holds:
-            flag = "--" + name.replace("_", "-")
-            sys.exit(f"error: {flag} must be {rule} (it is {getattr(args, name)}).")
+    fits = free // BYTES_PER_ROW // 1_000 * 1_000
+    must("buffer_size", f"at most {fits} in this memory", args.buffer_size <= fits)
+    must("buffer_size", f"at most {2**27}", args.buffer_size <= 2**27)
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take."""
+    """Bytes that the replay may take: what this process can still get, less 1 GiB for the rest."""
     free = sys.maxsize
     with contextlib.suppress(OSError):  # Linux
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        table = Path("/proc/meminfo").read_text()
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", table)[1])
     with contextlib.suppress(OSError, ValueError):  # a container's own limit
         group = Path("/sys/fs/cgroup")
-        used = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())["anon"]
-        free = min(free, int((group / "memory.max").read_text()) - int(used))
-    return free
+        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return max(free - 2**30, 0)
 
 
-def prepare(args: Args) -> torch.device:
-    """Threads, memory, seed; -> the device."""
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        mallopt = ctypes.CDLL("libc.so.6").mallopt  # keep freed memory: page faults at every update
-        for option, value in ((-4, 0), (-1, 2**30), (-2, 2**26)):  # cost more than it is worth
-            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    torch.manual_seed(args.seed)
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+class Output:
+    """stdout or stderr. If it is closed or full, its messages are dropped and the run goes on."""
 
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
 
-def stop_on_ctrl_c() -> list:
-    """A list that Ctrl-C fills, so that the step in hand can end. A second one leaves at once."""
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130) if stop else stop.append(True))
-    return stop
+    def __getattr__(self, name: str):
+        def attempt(*args):
+            try:
+                return getattr(self.stream, name)(*args)
+            except (OSError, ValueError):
+                self.stream = open(os.devnull, "w")
 
-
-def open_run(args: Args) -> tuple[Path, SummaryWriter]:
-    """The run's folder, new or that of the resumed checkpoint, and its TensorBoard writer."""
-    name = (
-        f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    )
-    run = Path(args.resume).parent if args.resume else Path("runs") / name
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            config=asdict(args),
-            name=run.name,
-            sync_tensorboard=True,
-        )
-    try:
-        writer = SummaryWriter(str(run))
-    except OSError as e:
-        sys.exit(f"error: cannot write to {run} ({e.strerror}); start from a folder of your own.")
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    print(f"{args.exp_name}: {args.env_id}, {args.buffer} replay, all in {run}", flush=True)
-    return run, writer
-
-
-# --- end shared
-
-
-@torch.no_grad()
-def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=None):
-    """Play `eval_episodes` whole games with epsilon `eval_e`: their unclipped returns."""
-    n, rng, returns = min(args.eval_episodes, 10), np.random.default_rng(args.seed), []
-    envs = make_env(args.env_id, n, args.seed + 10_000)
-    obs, _ = envs.start()
-    filming = bool(video_folder)
-    if filming:  # the same game in colour: same seed and actions, same pictures
-        colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-        screen = make_env(args.env_id, n, args.seed + 10_000, **colour)
-        film = [screen.start()[0][0, 0]]
-    # each lane plays its share of the games, so that short games do not count more often
-    left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
-    while left.any() and not stop:
-        q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
-        actions, explore = rng.integers(q_values.shape[1], size=n), rng.random(n) < args.eval_e
-        actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
-        envs.send(actions)
-        obs, *_, infos = envs.recv()
-        if filming:
-            screen.send(actions)
-            film.append(screen.recv()[0][0, 0])
-        for game, episode_return, _ in infos["episodes"]:
-            filming &= game != 0
-            if left[game]:
-                returns.append(episode_return)
-                left[game] -= 1
-    if video_folder:
-        from gymnasium.utils.save_video import save_video
-
-        save_video(film, str(video_folder), lambda _: True, fps=15)
-    return np.array(returns)
-
-
-def main(args: Args, saved: dict) -> None:
-    # ------------------------------------------------------------------------------------ set up
-    if args.buffer == "auto":
-        args.buffer = built_buffers(args)[-1]
-    check_args(args, bytes_per_row=84 * 84 + 14)
-    device, n = prepare(args), args.num_envs
-    rng = np.random.default_rng(args.seed)
-    envs = make_env(args.env_id, n, args.seed)
-    n_actions = int(envs.single_action_space.n)
-    q_network = QNetwork(n_actions).to(device, memory_format=torch.channels_last)
-    target_network = QNetwork(n_actions).to(device, memory_format=torch.channels_last)
-    target_network.load_state_dict(q_network.state_dict())
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
-    loss_fn = torch.compile(td_loss) if args.compile else td_loss
-    options = {"n_step": args.n_step, "gamma": args.gamma, "seed": args.seed}
-    if args.buffer != "numpy":  # stacks come scaled, in the layout that the convolutions want
-        options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
-        options |= {"device": device if args.buffer == "cuda" else "cpu"}
-    replay_class = FrameReplay if args.buffer == "numpy" else fastreplay.FrameReplay
-    replay = replay_class(args.buffer_size, (84, 84), n, **options)
-    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    try:
-        for name in parts if saved else ():
-            parts[name].load_state_dict(saved[name])
-        if "replay" in saved:
-            replay.load_state_dict(saved["replay"])
-    except (KeyError, RuntimeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[-1].strip()
-        sys.exit(f"error: the checkpoint does not fit these arguments ({reason}).")
-    if args.evaluate:
-        returns = evaluate(q_network, args, device)
-        print(f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} games")
-        return
-    global_step, seconds_before = saved.get("global_step", 0), saved.get("seconds", 0.0)
-    recent_returns = deque(saved.get("recent_returns", ()), maxlen=100)
-    if saved:
-        rng.bit_generator.state = saved["rng"]
-    obs, infos = envs.start(saved.get("envs"))
-    episode_starts = infos["episode_starts"]
-    run, writer = open_run(args)
-    if args.buffer == "cuda":
-        print(replay, flush=True)  # it says where its frames found room
-
-    def learn(batch: Batch) -> torch.Tensor:
-        """One gradient step; nothing here reads a value back from the device."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
-            loss, _ = loss_fn(q_network, target_network, batch, args)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    def due(every: int) -> int:
-        """How many multiples of `every` lie among the n agent steps of this iteration."""
-        return global_step // every - (global_step - n) // every if every else 0
-
-    def checkpoint() -> bool:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"replay": replay.state_dict()} if args.checkpoint_replay else {}
-        state |= {"envs": envs.state_dict(), "rng": rng.bit_generator.state}
-        state |= {"global_step": global_step, "recent_returns": list(recent_returns)}
-        state |= {"seconds": seconds_before + time.time() - start_time}
-        state |= {"script": Path(__file__).stem, "args": asdict(args)}
-        state["args"] |= {"resume": None, "evaluate": None}
-        return save_checkpoint(run / "checkpoint.pt", state)
-
-    start_time, first_step, loss, stop = time.time(), global_step, None, stop_on_ctrl_c()
-    interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants fewer lines
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=interval)
-    while global_step < args.total_timesteps and not stop:
-        # ----------------------------------------------------------------------------------- act
-        epsilon = epsilon_at(global_step, args)
-        actions, explore = rng.integers(n_actions, size=n), rng.random(n) < epsilon
-        if not explore.all():
-            with torch.inference_mode():
-                q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
-            actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
-
-        # ---------------------------------------------------------------------------------- step
-        envs.send(actions)  # the games run on threads of their own while the network learns
-        global_step += n
-
-        # --------------------------------------------------------------------------------- learn
-        learning = len(replay) >= args.learning_starts
-        for _ in range(due(args.train_frequency) if learning else 0):
-            batch = replay.sample(args.batch_size)
-            # [:6]: fastreplay's batch has importance weights behind these
-            loss = learn(Batch(*(x.to(device, non_blocking=True) for x in batch[:6])))
-
-        # --------------------------------------------------------------------------- sync target
-        if learning and due(args.target_network_frequency):
-            for p_target, p in zip(target_network.parameters(), q_network.parameters()):
-                p_target.data.lerp_(p.data, args.tau)
-
-        # --------------------------------------------------------------------------------- store
-        next_obs, rewards, terminations, _, infos = envs.recv()
-        replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
-        obs, episode_starts = next_obs, infos["episode_starts"]
-
-        # -------------------------------------------------------------------------------- report
-        bar.update(n)
-        recent_returns.extend(episode_return for _, episode_return, _ in infos["episodes"])
-        if due(args.log_frequency):
-            seconds = time.time() - start_time
-            writer.add_scalar("charts/hours", (seconds_before + seconds) / 3600, global_step)
-            writer.add_scalar("charts/SPS", (global_step - first_step) / seconds, global_step)
-            writer.add_scalar("charts/epsilon", epsilon, global_step)
-            figures = {}
-            if recent_returns:
-                figures["return"] = np.mean(recent_returns)
-                writer.add_scalar("charts/mean_return_100", figures["return"], global_step)
-            if loss is not None:
-                figures["loss"] = loss.item()
-                writer.add_scalar("losses/td_loss", figures["loss"], global_step)
-            bar.set_postfix(
-                {k: f"{v:.3g}" for k, v in figures.items()} | {"eps": round(epsilon, 2)}
-            )
-        if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            film = run / "videos" if args.capture_video else None
-            returns = evaluate(q_network, args, device, stop, film)
-            if not stop:
-                writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-                bar.write(
-                    f"step {global_step}: {returns.mean():.1f} +- {returns.std():.1f} evaluated"
-                )
-        if due(args.checkpoint_frequency):
-            checkpoint()
-
-    bar.close()
-    written = checkpoint()
-    writer.close()
-    if written and global_step < args.total_timesteps:
-        print(f"go on with: python {sys.argv[0]} --resume {run / 'checkpoint.pt'}")
-    if not written:
-        sys.exit(1)
+        return attempt if name in ("write", "flush") else getattr(self.stream, name)
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    main(parse_args())

@@ -1,331 +1,544 @@
-"""Double Deep Q-Network (Double DQN) on CartPole. van Hasselt et al., 2016, AAAI; arXiv:1509.06461.
+"""Double Deep Q-Network (Double DQN). van Hasselt et al., 2016, AAAI; arXiv:1509.06461.
 
     y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-)
 
-The maximum over noisy values is too high on average: the noise that lifts a value also gets it
-chosen. Here one network chooses the action and the other values it, so their errors do not add up.
+DQN's max over noisy estimates is biased upwards: an action is chosen because it is overestimated.
+Here theta chooses the action and theta^- evaluates it, so one network's error is not counted twice.
 
-Parent: dqn_cartpole.py. What changes: the target in td_loss, nothing else.
+Parent: dqn_cartpole.py. What changes: two lines of td_loss.
 
 Deviations from the paper: those of dqn_cartpole.py.
 
 Run: python algos/ddqn_cartpole.py
 """
 
-import contextlib
-import ctypes
-import importlib.util
-import os
-import signal
-import sys
-import time
-from collections import deque
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import copy
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+@dataclass
+class Args:  # of the algorithm; RunArgs, below the line, adds --device, --resume and the like
+    env_id: str = "CartPole-v1"  # any environment with vector observations and discrete actions
+    num_envs: int = 4  # environments stepped in turn
+    seed: int = 1  # of the environments, the network, exploration and replay
+    total_timesteps: int = 200_000  # environment steps, summed over the environments
+    learning_rate: float = 1e-3  # Adam's
+    anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
+    buffer_size: int = 200_000  # transitions kept for replay
+    gamma: float = 0.99  # discount factor
+    tau: float = 1.0  # theta^- <- tau theta + (1 - tau) theta^-; 1 copies the network
+    target_network_frequency: int = 500  # environment steps between refreshes of theta^-
+    batch_size: int = 64  # transitions per update
+    loss: Literal["mse", "huber"] = "mse"  # squared error, or clipped as in the paper
+    start_e: float = 1.0  # epsilon at the first step
+    end_e: float = 0.05  # epsilon once it has decayed
+    exploration_fraction: float = 0.2  # fraction of total_timesteps over which epsilon decays
+    learning_starts: int = 2_000  # transitions stored before the first update
+    train_frequency: int = 2  # environment steps per update
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # s, (B, D) float32
+    actions: torch.Tensor  # a, (B,) int64
+    rewards: torch.Tensor  # r, (B,) float32
+    next_obs: torch.Tensor  # s', (B, D) float32
+    discounts: torch.Tensor  # gamma, or 0 where s' is terminal, (B,) float32
+
+
+class Replay:
+    """The newest `capacity` transitions, one column per field of Batch, in a ring buffer."""
+
+    def __init__(self, capacity: int, obs_size: int, device: torch.device):
+        self.capacity, self.next, self.size = capacity, 0, 0  # next: the row to write next
+        vectors, scalars = torch.zeros(2, capacity, obs_size), torch.zeros(2, capacity)
+        columns = (vectors[0], torch.zeros(capacity).long(), scalars[0], vectors[1], scalars[1])
+        self.columns = [column.to(device) for column in columns]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def add(self, *transitions: np.ndarray) -> None:
+        """Store n transitions, given as the fields of a Batch with n rows each."""
+        n = len(transitions[0])
+        self.next = 0 if self.next + n > self.capacity else self.next  # replaces the oldest
+        for column, new in zip(self.columns, transitions):
+            column[self.next : self.next + n] = torch.from_numpy(new)
+        self.next += n
+        self.size = max(self.size, self.next)
+
+    def sample(self, batch_size: int) -> Batch:
+        rows = torch.randint(self.size, (batch_size,), device=self.columns[0].device)  # uniform
+        return Batch(*(column.index_select(0, rows) for column in self.columns))
+
+
+class QNetwork(nn.Module):
+    """Two hidden layers: (B, D) observations -> (B, A) action values."""
+
+    def __init__(self, obs_size: int, n_actions: int):
+        super().__init__()
+        self.n_actions = n_actions
+        self.features = nn.Sequential(
+            nn.Linear(obs_size, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()
+        )
+        self.head = nn.Linear(84, n_actions)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(obs))
+
+
+def td_loss(q_network, target_network, batch: Batch, args: Args):
+    """The loss of a batch, a scalar; its TD errors, for prioritized replay, and Q(s, a), (B,)."""
+    with torch.no_grad():
+        # y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-)
+        next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)
+        next_q_values = target_network(batch.next_obs).gather(1, next_actions).squeeze(1)  # (B,)
+        td_target = batch.rewards + batch.discounts * next_q_values  # (B,)
+    q_taken = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)  # Q(s, a), (B,)
+    criterion = F.smooth_l1_loss if args.loss == "huber" else F.mse_loss
+    return criterion(q_taken, td_target), (td_target - q_taken).detach(), q_taken.detach()
+
+
+def epsilon_at(step: int, args: Args) -> float:
+    """Epsilon decays linearly from start_e to end_e, then stays there."""
+    duration = args.exploration_fraction * args.total_timesteps
+    progress = min(step / duration, 1.0) if duration else 1.0
+    return args.start_e + progress * (args.end_e - args.start_e)
+
+
+@torch.inference_mode()
+def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
+    """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any action, (n,) int64."""
+    actions = rng.integers(q_network.n_actions, size=len(obs))
+    explore = rng.random(len(obs)) < epsilon
+    if not explore.all():
+        q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
+        actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
+    return actions
+
+
+def main(args: Args) -> None:
+    run = Run(args)  # progress bar, logs, evaluations, checkpoints
+    envs = make_envs(args.env_id, args.num_envs, args.seed)
+    q_network = QNetwork(envs.obs_size, envs.n_actions).to(run.device)
+    target_network = copy.deepcopy(q_network)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    replay = Replay(args.buffer_size, envs.obs_size, run.device)
+    learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
+    run.start(learner, replay, envs)  # what a checkpoint holds; --resume loads it here
+    loss_fn = torch.compile(td_loss) if args.compile else td_loss
+    obs, loss, q_taken = envs.reset(), None, None  # None until the first update
+    for global_step in run.steps():  # 0, num_envs, 2 num_envs, ...; Ctrl-C ends it early
+        # ---- 1. act ------------------------------------------------------------------------------
+        epsilon = epsilon_at(global_step, args)
+        actions = act(q_network, obs, epsilon, run.rng, run.device)
+        # ---- 2. step -----------------------------------------------------------------------------
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        # ---- 3. store: only a termination makes s' terminal; a time limit (truncation) does not --
+        replay.add(obs, actions, rewards, next_obs, args.gamma * (1 - terminations))
+        obs = envs.reset(terminations | truncations)  # a new episode where one has ended
+
+        if len(replay) >= args.learning_starts:
+            # ---- 4. learn ------------------------------------------------------------------------
+            for group in optimizer.param_groups if args.anneal_lr else ():
+                group["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+            for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
+                batch = replay.sample(args.batch_size)
+                loss, _, q_taken = loss_fn(q_network, target_network, batch, args)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            # ---- 5. sync target ------------------------------------------------------------------
+            if run.due(args.target_network_frequency):
+                for p_target, p in zip(target_network.parameters(), q_network.parameters()):
+                    p_target.data.lerp_(p.data, args.tau)
+
+        run.log(infos["episodes"], epsilon, loss, q_taken)
+
+
+# ==================================================================================================
+# End of Double DQN. Below, the same in every *_cartpole.py: environments, logs, checkpoints.
+# ==================================================================================================
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections import deque
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import gymnasium as gym
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import fastreplay
-except ImportError:  # the replay below does the same, more slowly
-    fastreplay = None
-
-VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
-
 
 @dataclass
-class Args:
-    # run
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the folder's name under `runs/`"""
-    seed: int = 1
-    """seed of the environments, the network, exploration and replay"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; `auto` takes the GPU when there is one"""
-    torch_threads: int = 1
-    """CPU threads of torch; 0 leaves torch's own choice"""
-    compile: bool = False
-    """compile the loss with torch.compile (needs a C++ compiler; about 30 s at the start)"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "cleanq"
-    """project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """team on Weights & Biases"""
-    capture_video: bool = False
-    """film an episode at every evaluation (needs `pip install moviepy pygame`)"""
-    log_frequency: int = 1_000
-    """agent steps between two log entries"""
-    eval_frequency: int = 20_000
-    """agent steps between two evaluations; 0 leaves only the last one"""
-    eval_episodes: int = 100
-    """episodes in an evaluation"""
-    eval_e: float = 0.0
-    """epsilon while evaluating"""
-    checkpoint_frequency: int = 50_000
-    """agent steps between two checkpoints; 0 leaves only the last one"""
-    checkpoint_replay: bool = False
-    """put the replay into the checkpoint, so that a resumed run goes on bit for bit"""
-    resume: str | None = None
-    """checkpoint to go on from; its arguments hold unless given anew"""
-    evaluate: str | None = None
-    """checkpoint to evaluate; nothing is trained or written"""
-
-    # environment
-    env_id: str = "CartPole-v1"
-    """any environment with a vector to observe and a choice of actions"""
-    num_envs: int = 4
-    """environments stepped one after the other"""
-
-    # algorithm
-    total_timesteps: int = 200_000
-    """agent steps in all"""
-    learning_rate: float = 1e-3
-    """step size of Adam"""
-    anneal_lr: bool = True
-    """let the step size fall in a line to zero at the end of the run"""
-    buffer: Literal["auto", "numpy", "cpp", "cuda"] = "auto"
-    """the NumPy class below or fastreplay's, on the CPU or GPU; `auto` takes the best there is"""
-    buffer_size: int = 200_000
-    """agent steps in the replay"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 1.0
-    """target update: theta^- <- tau theta + (1 - tau) theta^-; 1 copies"""
-    target_network_frequency: int = 500
-    """agent steps between two target updates"""
-    batch_size: int = 64
-    """transitions in an update"""
-    loss: Literal["mse", "huber"] = "mse"
-    """mse: squared error; huber: error clipped to [-1, 1] in the gradient, as in the paper"""
-    start_e: float = 1.0
-    """epsilon at the first step"""
-    end_e: float = 0.05
-    """epsilon at the end of exploration"""
-    exploration_fraction: float = 0.2
-    """part of `total_timesteps` in which epsilon falls from `start_e` to `end_e`"""
-    learning_starts: int = 2_000
-    """agent steps in the replay before the first update"""
-    train_frequency: int = 2
-    """agent steps between two updates"""
+class RunArgs(Args):
+    exp_name: str = Path(__file__).stem  # part of the name of the run's folder under `runs/`
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; `auto`: the GPU if any
+    torch_threads: int = 1  # CPU threads of torch; 0 leaves torch's own choice
+    compile: bool = False  # torch.compile the loss (needs a C++ compiler; takes 30 s at the start)
+    track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
+    wandb_project_name: str = "cleanq"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    capture_video: bool = False  # film each evaluation (needs `pip install moviepy pygame`)
+    log_frequency: int = 1_000  # environment steps between two log entries
+    eval_frequency: int = 20_000  # environment steps between two evaluations; 0: only the last one
+    eval_episodes: int = 100  # episodes per evaluation; 0: no evaluation
+    eval_e: float = 0.0  # epsilon while evaluating
+    eval_max_steps: int = 10_000  # an evaluated episode is cut here if its environment has no limit
+    stop_return: float | None = None  # stop when the mean of the last 100 episodes reaches this
+    checkpoint_frequency: int = 50_000  # environment steps between checkpoints; 0: only the last
+    checkpoint_replay: bool = False  # save the replay too: a resumed run goes on bit for bit
+    resume: str | None = None  # checkpoint to go on from; its arguments hold unless given anew
+    evaluate: str | None = None  # checkpoint to evaluate; nothing is trained
 
 
-class Episodes:
-    """Environments stepped side by side, which report whole episodes and go on where others stood.
+VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
+FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
 
-    An episode that is over is reset by the *next* step, which ignores its action (gymnasium's
-    NEXT_STEP); `infos["episode_starts"]` then says so. An episode is its seed and its actions:
-    both are kept, and `start` plays them again.
+
+class Environments:
+    """Environments stepped in turn. A new episode starts only where `reset` is told to start one.
+
+    An episode is determined by its seed and its actions: a checkpoint holds both and replays them.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, **options):
+    def __init__(self, env_id: str, num_envs: int, seed, **options):
         self.envs = [gym.make(env_id, disable_env_checker=True, **options) for _ in range(num_envs)]
-        self.num_envs, self.rng = num_envs, np.random.default_rng(seed)
+        space, actions = self.envs[0].observation_space, self.envs[0].action_space
+        if not isinstance(actions, gym.spaces.Discrete):
+            raise ValueError(f"it has {type(actions).__name__} actions; DQN needs Discrete ones.")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.shape[0]:
+            raise ValueError(f"it observes {space}; this file needs a vector of numbers.")
+        self.obs_size, self.n_actions = space.shape[0], int(actions.n)
+        self.first_action = int(actions.start)  # the network's action 0
+        self.env_id, self.num_envs, self.rng = env_id, num_envs, np.random.default_rng(seed)
+        self.obs = np.zeros((num_envs, self.obs_size), np.float32)
+        self.seeds, self.returns, self.actions = [0] * num_envs, [0.0] * num_envs, None
 
-    def reset(self, i: int) -> np.ndarray:
-        self.returns[i], self.histories[i] = 0.0, []
-        return self.envs[i].reset(seed=self.seeds[i])[0]
+    def reset(self, over: np.ndarray | None = None) -> np.ndarray:
+        """Start an episode where `over`, (num_envs,) bool, or everywhere at first. -> obs (n, D)"""
+        if self.actions is None:
+            self.actions, over = [[] for _ in self.envs], np.ones(self.num_envs, bool)
+        if over is not None and over.any():
+            self.obs = self.obs.copy()
+            for i in np.flatnonzero(over):
+                self.seeds[i], self.returns[i], self.actions[i] = self.new_seed(), 0.0, []
+                self.obs[i] = self.envs[i].reset(seed=self.seeds[i])[0]
+        return self.obs
 
-    def start(self, state: dict | None = None):
-        """New episodes, or those of a `state_dict`. -> obs (num_envs, D) float32, infos"""
-        n = self.num_envs
-        self.seeds, self.histories, self.returns = (
-            self.rng.integers(2**31, size=n).tolist(),
-            [[]] * n,
-            [0.0] * n,
-        )
-        self.obs = np.stack([self.reset(i) for i in range(n)]).astype(np.float32)
-        self.starts = np.ones(n, bool)  # whether the observation in hand opens an episode
-        self.over = [False] * n  # whether the next step resets
-        if state:
-            self.rng.bit_generator.state = state["rng"]
-            self.seeds, self.returns, self.over = state["seeds"], state["returns"], state["over"]
-            self.histories, self.starts = state["histories"], np.array(state["starts"])
-            for i, env in enumerate(self.envs):
-                self.obs[i] = env.reset(seed=self.seeds[i])[0]
-                for action in self.histories[i]:
-                    self.obs[i] = env.step(action)[0]
-        return self.obs, {"episode_starts": self.starts}
+    def new_seed(self) -> int:
+        return int(self.rng.integers(2**31))
 
     def step(self, actions: np.ndarray):
-        """Take the actions, (num_envs,) int64.
+        """-> next_obs (n, D), rewards (n,) float32, terminations, truncations (n,) bool, infos
 
-        `infos["episodes"]`: (environment, return, length) of those that were reset.
+        infos["episodes"]: (environment, return, length) of the episodes that ended.
         """
-        n = self.num_envs
-        obs, rewards, episodes = np.empty_like(self.obs), np.zeros(n, np.float32), []
-        terminations, truncations, starts = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)
+        n, episodes, obs = self.num_envs, [], np.empty_like(self.obs)
+        rewards, (terminations, truncations) = np.empty(n, np.float32), np.empty((2, n), bool)
         for i, (env, action) in enumerate(zip(self.envs, actions.tolist())):
-            if self.over[i]:
-                episodes.append((i, self.returns[i], len(self.histories[i])))
-                self.seeds[i], self.over[i], starts[i] = int(self.rng.integers(2**31)), False, True
-                obs[i] = self.reset(i)
-            else:
-                obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(action)
-                self.over[i] = bool(terminations[i] or truncations[i])
-                self.returns[i] += float(rewards[i])
-                self.histories[i].append(action)
-        self.obs, self.starts = obs, starts
-        infos = {"episode_starts": starts, "episodes": episodes}
-        return obs, rewards, terminations, truncations, infos
+            self.actions[i].append(action)
+            obs[i], reward, terminated, truncated, _ = env.step(action + self.first_action)
+            rewards[i], terminations[i], truncations[i] = reward, terminated, truncated
+            self.returns[i] += float(reward)
+            if terminated or truncated:
+                episodes.append((i, self.returns[i], len(self.actions[i])))
+        if not np.isfinite(obs.sum() + rewards.sum()):
+            sys.exit(f"error: {self.env_id} returned NaN or infinity; the last checkpoint is kept.")
+        self.obs = obs
+        return obs, rewards, terminations, truncations, {"episodes": episodes}
 
     def state_dict(self) -> dict:
-        names = ("seeds", "returns", "over", "histories")
-        state = {name: getattr(self, name) for name in names} | {"starts": self.starts.tolist()}
+        state = {k: getattr(self, k) for k in ("seeds", "returns", "actions")}
         return state | {"rng": self.rng.bit_generator.state}
 
-
-def make_env(env_id: str, num_envs: int, seed: int, **options) -> Episodes:
-    """Environments of any id that observes a vector and chooses among actions."""
-    try:
-        envs = Episodes(env_id, num_envs, seed, **options)
-    except Exception as e:  # gymnasium raises many kinds: unknown ids, packages that are missing
-        reason = str(e).strip().splitlines()[0]
-        sys.exit(f"error: --env-id {env_id}: {reason} Atari games run in dqn_atari.py.")
-    env = envs.envs[0]
-    if not isinstance(env.action_space, gym.spaces.Discrete):
-        sys.exit(f"error: --env-id {env_id} has continuous actions; DQN needs Discrete ones.")
-    if (
-        not isinstance(env.observation_space, gym.spaces.Box)
-        or len(env.observation_space.shape) != 1
-    ):
-        sys.exit(f"error: --env-id {env_id} observes no vector; Atari games run in dqn_atari.py.")
-    return envs
-
-
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, D) float32
-    actions: torch.Tensor  # (B,) int64
-    rewards: torch.Tensor  # (B,) float32
-    next_obs: torch.Tensor  # (B, D) float32
-    discounts: torch.Tensor  # (B,) float32, gamma (1 - terminated)
-    indices: torch.Tensor  # (B,) int64, rows in the replay
-
-
-# --- shared: replay
-class Replay:
-    """A ring of the newest steps of each environment, every observation stored once.
-
-    Row t holds the observation seen, the action taken, the reward received, whether the step
-    terminated, and whether the observation opened an episode; s' is the next row's observation:
-
-        row     s0  s1  s2  s3 |s0  s1  ...     s3 is a final observation: a row of its own, never
-        opens    1   0   0   0 | 1   0  ...     drawn as a start, always there as an s'
-        start?   y   y   y   - | y   y  ...
-
-    A flat index is environment * rows + row.
-    """
-
-    def __init__(self, capacity, obs_shape, num_envs=1, gamma=0.99, seed=1):
-        self.rows, self.num_envs, self.gamma = capacity // num_envs, num_envs, gamma
-        self.rng = np.random.default_rng(seed)
-        self.head = self.size = 0  # next row to write, rows stored (of each environment)
-        shape = (self.rows, num_envs)
-        self.obs = np.empty((*shape, *obs_shape), np.float32)
-        self.actions = np.empty(shape, np.int64)
-        self.rewards = np.zeros(shape, np.float32)
-        self.terminations = np.empty(shape, bool)
-        self.opens = np.empty(shape, bool)
-
-    def __len__(self) -> int:
-        return self.size * self.num_envs
-
-    def add(self, obs, actions, rewards, terminations, episode_starts) -> None:
-        """Write one row for each environment: arrays of shape (num_envs, ...)."""
-        row = self.head
-        self.obs[row], self.actions[row], self.rewards[row] = obs, actions, rewards
-        self.terminations[row], self.opens[row] = terminations, episode_starts
-        self.head, self.size = (row + 1) % self.rows, min(self.size + 1, self.rows)
-
-    def drawable(self, indices) -> np.ndarray:
-        """Whether a row is a start: the row after it is stored and opens no episode, (B,) bool."""
-        envs, row = np.divmod(indices, self.rows)
-        newer = (self.head - 1 - row) % self.rows  # rows of the same environment written since
-        return (newer > 0) & (newer < self.size) & ~self.opens[(row + 1) % self.rows, envs]
-
-    def draw(self, batch_size: int) -> np.ndarray:
-        """Uniform over all drawable rows, (B,) int64; only the rejected are drawn again."""
-        indices = np.empty(0, np.int64)
-        while len(indices) < batch_size:
-            env, row = self.rng.integers(0, [[self.num_envs], [max(self.size, 1)]], (2, batch_size))
-            new = env * self.rows + row
-            indices = np.concatenate([indices, new[self.drawable(new)]])[:batch_size]
-            if not len(indices) and not self.drawable(np.arange(self.num_envs * self.rows)).any():
-                raise ValueError("the replay holds no whole transition yet: add more rows first")
-        return indices
-
-    def gather(self, indices) -> Batch:
-        """The transitions that start at these rows."""
-        envs, row = np.divmod(indices, self.rows)
-        discounts = np.where(self.terminations[row, envs], 0, self.gamma).astype(np.float32)
-        next_obs = self.obs[(row + 1) % self.rows, envs]
-        arrays = (self.actions[row, envs], self.rewards[row, envs], next_obs, discounts, indices)
-        return Batch(*map(torch.from_numpy, (self.obs[row, envs], *arrays)))
-
-    def sample(self, batch_size: int) -> Batch:
-        return self.gather(self.draw(batch_size))
-
-    def state_dict(self) -> dict:
-        names = ("obs", "actions", "rewards", "terminations", "opens")
-        rows = {k: torch.from_numpy(getattr(self, k)[: self.size]) for k in names}
-        return rows | {"head": self.head, "size": self.size, "rng": self.rng.bit_generator.state}
-
     def load_state_dict(self, state: dict) -> None:
-        self.head, self.size = state["head"], state["size"]
-        for k in ("obs", "actions", "rewards", "terminations", "opens"):
-            getattr(self, k)[: self.size] = state[k].numpy()
+        self.seeds, self.returns, self.actions = (state[k] for k in ("seeds", "returns", "actions"))
         self.rng.bit_generator.state = state["rng"]
+        for i, env in enumerate(self.envs):
+            self.obs[i] = env.reset(seed=self.seeds[i])[0]
+            for action in self.actions[i]:
+                self.obs[i] = env.step(action + self.first_action)[0]
 
 
-# --- end shared
+def make_envs(env_id: str, num_envs: int, seed, **options) -> Environments:
+    """Environments of any id with vector observations and discrete actions."""
+    try:
+        return Environments(env_id, num_envs, seed, **options)
+    except Exception as e:  # gymnasium raises many kinds: unknown ids, missing packages
+        reason = str(e).strip().split("\n")[0]
+        sys.exit(f"error: --env-id {env_id}: {reason} Atari games run in dqn_atari.py.")
 
 
-class QNetwork(nn.Module):
-    """Two hidden layers: (B, D) float32 -> (B, A) action values."""
+def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
+    """Play whole episodes -> their unclipped returns, and the actions of the first, for a film."""
+    rng, n, returns, first_episode = (
+        np.random.default_rng(seed),
+        min(args.eval_episodes, 10),
+        [],
+        [],
+    )
+    limit = gym.spec(args.env_id).max_episode_steps
+    envs = make_envs(args.env_id, n, seed, max_episode_steps=limit or args.eval_max_steps)
+    obs, filming, cut = envs.reset(), True, 0
+    # Each lane plays its share of the episodes, so that short ones do not count more often.
+    left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
+    while left.any() and not stop:
+        actions = act(q_network, obs, args.eval_e, rng, device)
+        first_episode += [int(actions[0])] * filming
+        *_, terminations, truncations, infos = envs.step(actions)
+        obs = envs.reset(terminations | truncations)
+        for lane, episode_return, _ in infos["episodes"]:
+            filming &= lane != 0
+            if left[lane]:
+                cut += truncations[lane]
+                returns.append(episode_return)
+                left[lane] -= 1
+    if cut and not limit:
+        tqdm.write(f"{cut} of these episodes were cut at --eval-max-steps {args.eval_max_steps}")
+    return np.array(returns), first_episode
 
-    def __init__(self, obs_size: int, n_actions: int):
-        super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(obs_size, 120),
-            nn.ReLU(),
-            nn.Linear(120, 84),
-            nn.ReLU(),
-            nn.Linear(84, n_actions),
+
+def film(args: RunArgs, seed, actions: list) -> tuple[list, int]:
+    """The pictures of an evaluation's first episode, played again, and how many to a second."""
+    envs = make_envs(args.env_id, 1, seed, render_mode="rgb_array")
+    envs.reset()
+    pictures = [envs.envs[0].render()]
+    for action in actions:
+        envs.step(np.array([action]))
+        pictures.append(envs.envs[0].render())
+    return pictures, 30
+
+
+def prepare_torch(args: RunArgs) -> torch.device:
+    """Threads, memory and seed. -> the device of the networks"""
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        # Keep freed memory in the process: mapping it again at every update costs page faults.
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**30), (-2, 2**26)):
+            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    torch.manual_seed(args.seed)
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+class Run:
+    """Everything around the algorithm: counting steps, logs, evaluations, checkpoints, Ctrl-C."""
+
+    def __init__(self, args: RunArgs):
+        check_args(args)
+        path = args.resume or args.evaluate
+        self.saved = load_checkpoint(path) if path else {}
+        self.args, self.device = args, prepare_torch(args)
+        self.rng = np.random.default_rng(args.seed)
+        self.first_step = self.step = self.saved.get("global_step", 0)
+        self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
+        self.stop = []  # filled by Ctrl-C, which lets the current step end; a second one exits
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, lambda *_: sys.exit(130) if self.stop else self.stop.append(True))
+
+    def start(self, learner: dict, replay, envs) -> None:
+        """Load the checkpoint, if there is one, and open the log."""
+        self.learner, self.replay, self.envs = learner, replay, envs
+        try:
+            self.load(self.saved)
+        except Exception as e:  # damaged contents raise errors of many kinds
+            reason = str(e).strip().split("\n")[-1].strip()
+            sys.exit(f"error: the checkpoint does not fit these arguments ({reason or repr(e)}).")
+        self.seconds_before, self.started = self.saved.get("seconds", 0.0), time.time()
+        self.saved = {}  # frees a saved replay
+        if not self.args.evaluate:
+            self.open_log()
+
+    def load(self, saved: dict) -> None:
+        for name, part in self.learner.items():
+            if saved and (name == "q_network" or self.args.resume):
+                part.load_state_dict(saved[name])
+        if self.args.resume:
+            if "replay" in saved:
+                self.replay.next, self.replay.size, columns = saved["replay"]
+                if self.replay.next not in range(self.replay.size + 1):
+                    raise ValueError(f"the replay's next row is {self.replay.next}")
+                for column, rows in zip(self.replay.columns, columns, strict=True):
+                    column[: self.replay.size] = rows
+            self.envs.load_state_dict(saved["envs"])
+            self.rng.bit_generator.state = saved["rng"]
+            torch.set_rng_state(saved["torch_rng"])
+            if self.device.type == "cuda" and "cuda_rng" in saved:
+                torch.cuda.set_rng_state(saved["cuda_rng"])
+
+    def save(self) -> bool:
+        state = {name: part.state_dict() for name, part in self.learner.items()}
+        if self.args.checkpoint_replay:
+            columns = [column[: self.replay.size].cpu() for column in self.replay.columns]
+            state["replay"] = (self.replay.next, self.replay.size, columns)
+        state |= {"envs": self.envs.state_dict(), "rng": self.rng.bit_generator.state}
+        state["torch_rng"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        state |= {"global_step": self.step, "recent_returns": list(self.returns)}
+        state["seconds"] = self.seconds_before + time.time() - self.started
+        args = asdict(self.args) | {"resume": None, "evaluate": None}
+        state |= {"script": Path(__file__).stem, "args": args}
+        return save_checkpoint(self.folder / "checkpoint.pt", state)
+
+    def open_log(self) -> None:
+        args = self.args
+        name = (args.env_id.replace("/", "-"), args.exp_name, args.seed, time.time_ns() // 10**6)
+        new = Path("runs") / "__".join(map(str, name))
+        self.folder = Path(args.resume).parent if args.resume else new
+        if args.track:
+            import wandb
+
+            project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            wandb.init(**project, config=asdict(args), name=self.folder.name, sync_tensorboard=True)
+        # A failed write of the log is raised again by the next call; its thread need not report it.
+        threading.excepthook = lambda e: (
+            None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
         )
+        try:
+            self.writer = SummaryWriter(str(self.folder))
+        except OSError as e:
+            sys.exit(f"error: cannot write to {self.folder} ({e.strerror}); start elsewhere.")
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        self.write("add_text", "hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+        print(f"{args.exp_name}: {args.env_id}, all in {self.folder}", flush=True)
+        wait = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants fewer lines
+        total = args.total_timesteps
+        self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=wait)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x)
+    def steps(self):
+        """Yield the number of steps taken so far; between two iterations do what is due."""
+        args = self.args
+        if args.evaluate:
+            return self.evaluate()
+        try:
+            while self.step < args.total_timesteps and not self.stop and not self.is_solved():
+                yield self.step
+                self.step += args.num_envs
+                self.bar.update(args.num_envs)
+                if self.step < args.total_timesteps:
+                    if self.crossed(args.eval_frequency):
+                        self.evaluate()
+                    if self.crossed(args.checkpoint_frequency):
+                        self.save()
+            self.finish()
+        finally:
+            self.bar.close()
+            self.write("close")
+
+    def due(self, every: int) -> int:
+        """How many multiples of `every` this iteration's num_envs steps reach: 0, 1 or more."""
+        return (self.step + self.args.num_envs) // every - self.step // every
+
+    def crossed(self, every: int) -> bool:
+        """Whether the last iteration reached a multiple of `every`; never if that is 0."""
+        return every > 0 and self.step // every > (self.step - self.args.num_envs) // every
+
+    def is_solved(self) -> bool:
+        goal, returns = self.args.stop_return, self.returns
+        return goal is not None and len(returns) == 100 and np.mean(returns) >= goal
+
+    def finish(self) -> None:
+        """The last evaluation and checkpoint, and how to go on if steps are left."""
+        unfinished = self.step < self.args.total_timesteps and not self.is_solved()
+        if not unfinished:
+            self.evaluate()
+        self.bar.close()
+        if not self.save():
+            sys.exit(1)
+        if unfinished:
+            command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
+            print("go on with: python", shlex.join(command))
+
+    def log(self, episodes: list, epsilon: float, loss, q_values, **figures) -> None:
+        """Write what CleanRL's dashboards show. Tensors are reduced to their mean, when logged."""
+        args, step = self.args, self.step + self.args.num_envs
+        for _, episode_return, length in episodes:
+            self.returns.append(episode_return)
+            self.write("add_scalar", "charts/episodic_return", episode_return, step)
+            self.write("add_scalar", "charts/episodic_length", length, step)
+        if not self.due(args.log_frequency):
+            return
+        seconds = time.time() - self.started
+        figures |= {"charts/epsilon": epsilon, "losses/td_loss": loss, "losses/q_values": q_values}
+        if self.returns:
+            figures["charts/mean_return_100"] = np.mean(self.returns)
+        figures = {k: torch.as_tensor(x).mean().item() for k, x in figures.items() if x is not None}
+        if not np.isfinite(figures.get("losses/td_loss", 0.0)):
+            sys.exit(
+                "error: the loss is not finite; the last checkpoint is kept. Try a smaller "
+                f"--learning-rate (it is {args.learning_rate})."
+            )
+        self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
+        figures["charts/SPS"] = (step - self.first_step) / seconds
+        figures["charts/hours"] = (self.seconds_before + seconds) / 3600
+        for name, x in figures.items():
+            self.write("add_scalar", name, x, step)
+
+    def write(self, what: str, *values) -> None:
+        """Call a method of the TensorBoard writer; go on without a log if that fails."""
+        try:
+            if self.writer:
+                getattr(self.writer, what)(*values)
+        except OSError as e:
+            self.writer = None
+            tqdm.write(f"error: no more logs in {self.folder} ({e.strerror}); training goes on.")
+
+    def evaluate(self) -> None:
+        """Play episodes of new seeds, which follow from --seed and the step; film the first."""
+        args, q_network = self.args, self.learner["q_network"]
+        if not args.eval_episodes:
+            return
+        seed = (args.seed, self.step + 1)
+        q_network.eval()
+        returns, actions = evaluate(q_network, args, self.device, seed, self.stop)
+        q_network.train()
+        if self.stop:
+            return tqdm.write(f"evaluation stopped after {len(returns)} episodes")
+        told = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
+        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {told}")
+        if not args.evaluate:
+            self.write("add_scalar", "eval/episodic_return", returns.mean(), self.step)
+        if args.capture_video:
+            folder = Path(args.evaluate).parent if args.evaluate else self.folder
+            save_film(folder / "videos", f"step-{self.step}", *film(args, seed, actions))
 
 
-def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """The loss of one batch, a scalar, and its errors y - Q(s, a), (B,)."""
-    with torch.no_grad():
-        # y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-): theta chooses, theta^- values
-        next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # (B, 1)
-        next_q_values = target_network(batch.next_obs).gather(1, next_actions).squeeze(1)  # (B,)
-        td_target = batch.rewards + batch.discounts * next_q_values  # (B,)
-    q_taken = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)  # (B,)
-    criterion = F.smooth_l1_loss if args.loss == "huber" else F.mse_loss
-    return criterion(q_taken, td_target), (td_target - q_taken).detach()
+def save_film(folder: Path, name: str, pictures: list, fps: int) -> None:
+    """Write an mp4 file of a new name."""
+    from moviepy import ImageSequenceClip
 
-
-# --- shared: run
-def epsilon_at(step: int, args: Args) -> float:
-    """Chance of a random action: a line from `start_e` to `end_e`, then flat."""
-    progress = min(step / (args.exploration_fraction * args.total_timesteps), 1.0)
-    return args.start_e + progress * (args.end_e - args.start_e)
+    path = folder / f"{name}.mp4"
+    while path.exists():
+        path = path.with_stem(path.stem + "-again")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ImageSequenceClip(pictures, fps=fps).write_videofile(str(path), logger=None)
+    except OSError as e:
+        tqdm.write(f"error: {path} not written ({e.strerror or 'ffmpeg failed'})")
 
 
 def save_checkpoint(path: Path, state: dict) -> bool:
-    """Write whole or not at all: the new file takes the old one's place once it is on the disk."""
+    """Write whole or not at all: the new file replaces the old one once it is on the disk."""
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
@@ -333,322 +546,148 @@ def save_checkpoint(path: Path, state: dict) -> bool:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
-        print(f"error: {path} not written ({reason}); an older one is kept", file=sys.stderr)
+        return True
+    except (OSError, RuntimeError) as e:  # torch wraps the file's error
+        cause = e if isinstance(e, OSError) else e.__context__
+        reason = getattr(cause, "strerror", None) or str(e).split("\n")[0]
+        kept = "; the one before it is kept" if path.exists() else ""
+        tqdm.write(f"error: {path} not written ({reason.lower()}){kept}", file=sys.stderr)
         with contextlib.suppress(OSError):
             partial.unlink()
         return False
-    return True
 
 
-def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint of this script (plain data: no code is run), or leave with one line."""
+def load_checkpoint(path: str, verify: bool = True) -> dict:
+    """Read a checkpoint of this script without running code from it, or exit with one line."""
     try:
+        if verify and zipfile.ZipFile(path).testzip():  # torch checks no sums with mmap
+            raise ValueError("a checksum differs")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        script = state["script"]
-        Args(**state["args"])
+        if state["script"] != Path(__file__).stem:
+            raise ValueError(f"it was written by {state['script']}.py")
+        for field in fields(RunArgs):
+            value, default = state["args"][field.name], field.default
+            if default is not None and type(value) is not type(default):
+                raise ValueError(f"its {field.name} is {value!r}")
+        for name, kind in (("global_step", int), ("recent_returns", list), ("seconds", float)):
+            if not isinstance(state[name], kind):
+                raise ValueError(f"its {name} is {state[name]!r}")
+        return state
     except FileNotFoundError:
-        sys.exit(f"error: no checkpoint at {path}; they lie at runs/<run>/checkpoint.pt.")
-    except Exception as e:
+        sys.exit(f"error: no checkpoint at {path}; look for runs/<run>/checkpoint.pt.")
+    except Exception as e:  # damaged contents raise errors of many kinds
         reason = str(e).strip().split("\n")[0]
-        sys.exit(f"error: {path} is no whole checkpoint of this script ({reason}); take another.")
-    if script != Path(__file__).stem:
-        sys.exit(f"error: {path} was written by {script}.py; give it to that script.")
-    return state
+        sys.exit(f"error: {path} is not a checkpoint of this script, or is damaged ({reason}).")
 
 
-def parse_args() -> tuple[Args, dict]:
-    """The arguments, and the checkpoint, whose arguments hold unless they are given anew."""
-    args = tyro.cli(Args)
-    saved = load_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
-    if saved:
-        args = tyro.cli(Args, default=Args(**saved["args"]))
-    if args.evaluate:  # plays without a replay: none of the stopped run's size or kind is needed
-        args.buffer, args.buffer_size = "numpy", 10_000 * args.num_envs
-        args.learning_starts = args.batch_size = 1
-    for name in ("env_id", "num_envs", "buffer", "buffer_size") if args.resume else ():
-        if getattr(args, name) != saved["args"][name]:
-            flag, was = "--" + name.replace("_", "-"), saved["args"][name]
-            sys.exit(f"error: {flag} cannot change when a run is resumed; leave it at {was}.")
-    return args, saved
+# CleanRL's flags that are called something else here, or need not be given.
+CLEANRL_FLAGS = {
+    "--cuda": ["--device", "auto"],
+    "--no-cuda": ["--device", "cpu"],
+    "--save-model": [],  # a checkpoint is always saved
+    "--torch-deterministic": [],  # always so on a CPU
+}
 
 
-def built_buffers(args: Args) -> list[str]:
-    """The kinds of replay that this run can have, the best last."""
-    kinds = ["numpy", *(fastreplay.backends() if fastreplay else ())]
-    on_gpu = args.device != "cpu" and "cuda" in kinds and not fastreplay.cuda_problem()
-    return [kind for kind in kinds if kind != "cuda" or on_gpu]
+def parse_args() -> RunArgs:
+    """The command line. With --resume or --evaluate the defaults are the checkpoint's arguments."""
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in sys.argv[1:]]
+    words = [part for word in words for part in CLEANRL_FLAGS.get(word, [word])]
+    args = tyro.cli(RunArgs, args=words)
+    path = args.resume or args.evaluate
+    if not path:
+        return args
+    if args.resume and args.evaluate:
+        sys.exit("error: give --resume or --evaluate, not both.")
+    checkpoint = load_checkpoint(path, verify=False)  # Run verifies it
+    saved = checkpoint["args"]
+    if args.evaluate:  # takes over what defines the agent: not the saved run's logs or hardware
+        algorithm = {field.name for field in fields(Args)}
+        saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith("eval_")}
+    args = tyro.cli(RunArgs, args=words, default=RunArgs(**saved))
+    if args.evaluate:
+        args.buffer_size, args.learning_starts = 1_000 * args.num_envs, 100 * args.num_envs
+        args.batch_size = 1  # nothing is stored or learned
+        return args
+    fixed = ("env_id", "num_envs") + (FIXED_WITH_REPLAY if "replay" in checkpoint else ())
+    for name in fixed:
+        if getattr(args, name) != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"error: {flag} cannot change in a resumed run; leave it at {saved[name]}.")
+    return args
 
 
-def check_args(args: Args, bytes_per_row: int) -> None:
-    """Leave with one line that says which argument is wrong, before anything is written."""
-    may_be_zero = ("seed", "torch_threads", "eval_frequency", "checkpoint_frequency")
-    fractions = ("gamma", "tau", "start_e", "end_e", "eval_e")
-    rules = []  # (argument, what it must be, whether it is)
-    for name, value in asdict(args).items():
-        if name in fractions:
-            rules.append((name, "between 0 and 1", 0 <= value <= 1))
-        elif name in may_be_zero:
-            rules.append((name, "0 or more", 0 <= value < 2**63))
-        elif type(value) in (int, float):
-            rules.append((name, "positive", 0 < value < 2**63))
-    rows = args.buffer_size // max(args.num_envs, 1)  # of each environment
-    room = (rows - 8 - getattr(args, "n_step", 1)) * args.num_envs
-    holds = args.learning_starts <= room
-    rules.append(("learning_starts", f"at most {room} in this buffer", holds))
-    rules.append(("batch_size", "at most --buffer-size", args.batch_size <= args.buffer_size))
-    rules.append(("torch_threads", "at most 1024", args.torch_threads <= 1024))
-    place = "nvcc, and used on a GPU" if args.buffer == "cuda" else "a compiler"
-    built = args.buffer in built_buffers(args)
-    rules.append(("buffer", f"built first, with `pip install .` where there is {place}", built))
-    cuda = args.device != "cuda" or torch.cuda.is_available()
-    rules.append(("device", "cpu or auto where torch finds no GPU", cuda))
-    needs = [*((package, "capture_video") for package in VIDEO_PACKAGES), ("wandb", "track")]
-    for package, flag in needs:
-        holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
-        rules.append((flag, f"left out, or run `pip install {package}` first", holds))
-    free = max(free_memory() - 2**30, 0)  # 1 GiB for the rest
-    if args.buffer == "cuda" and built:  # on the GPU, or else in the machine's memory
-        free = max(free, int(0.9 * torch.cuda.mem_get_info()[0]))
-    fits = free // bytes_per_row // 1_000 * 1_000
-    rules.append(("buffer_size", f"at most {fits} in this memory", args.buffer_size <= fits))
-    for name, rule, holds in rules:
+def check_args(args: RunArgs) -> None:
+    """Exit with one line that says which argument is wrong, before anything is written."""
+
+    def must(name: str, rule: str, holds: bool) -> None:
         if not holds:
             flag = "--" + name.replace("_", "-")
             sys.exit(f"error: {flag} must be {rule} (it is {getattr(args, name)}).")
 
+    fractions = ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "eval_e")
+    or_zero = ("seed", "torch_threads", "eval_frequency", "eval_episodes", "checkpoint_frequency")
+    positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
+    positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
+    for name, value in asdict(args).items():
+        if name in fractions:
+            must(name, "between 0 and 1", 0 <= value <= 1)
+        elif name in or_zero:
+            must(name, "0 or more", 0 <= value < 2**63)
+        elif name in positive or name in ("log_frequency", "eval_max_steps"):
+            must(name, "positive", 0 < value < 2**63)
+        elif isinstance(value, float):
+            must(name, "a finite number", np.isfinite(value))
+    for rule in args.rules() if hasattr(args, "rules") else ():  # an algorithm's own
+        must(*rule)
+    must("torch_threads", "at most 1024", args.torch_threads <= 1024)
+    on_gpu = args.device != "cuda" or torch.cuda.is_available()
+    must("device", "cpu or auto where torch finds no GPU", on_gpu)
+    for package, flag in (*((x, "capture_video") for x in VIDEO_PACKAGES), ("wandb", "track")):
+        holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
+        must(flag, f"left out, or run `pip install {package}` first", holds)
+    check_replay_args(args, must)
+
+
+def check_replay_args(args: RunArgs, must) -> None:
+    """Whether the replay can be made, fits into memory and can be drawn from."""
+    must("buffer_size", f"at least --num-envs, {args.num_envs}", args.buffer_size >= args.num_envs)
+    stored = args.buffer_size // args.num_envs * args.num_envs
+    for name in ("learning_starts", "batch_size"):
+        must(name, f"at most {stored}, --buffer-size", getattr(args, name) <= stored)
+    fits = free_memory() // 100 // 1_000 * 1_000  # 100 bytes a transition: 10 numbers in a vector
+    must("buffer_size", f"at most {fits} in this memory", args.buffer_size <= fits)
+
 
 def free_memory() -> int:
-    """Bytes that this process may still take."""
+    """Bytes that the replay may take: what this process can still get, less 1 GiB for the rest."""
     free = sys.maxsize
     with contextlib.suppress(OSError):  # Linux
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        table = Path("/proc/meminfo").read_text()
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", table)[1])
     with contextlib.suppress(OSError, ValueError):  # a container's own limit
         group = Path("/sys/fs/cgroup")
-        used = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())["anon"]
-        free = min(free, int((group / "memory.max").read_text()) - int(used))
-    return free
+        used = int(re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return max(free - 2**30, 0)
 
 
-def prepare(args: Args) -> torch.device:
-    """Threads, memory, seed; -> the device."""
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        mallopt = ctypes.CDLL("libc.so.6").mallopt  # keep freed memory: page faults at every update
-        for option, value in ((-4, 0), (-1, 2**30), (-2, 2**26)):  # cost more than it is worth
-            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    torch.manual_seed(args.seed)
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+class Output:
+    """stdout or stderr. If it is closed or full, its messages are dropped and the run goes on."""
 
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
 
-def stop_on_ctrl_c() -> list:
-    """A list that Ctrl-C fills, so that the step in hand can end. A second one leaves at once."""
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130) if stop else stop.append(True))
-    return stop
+    def __getattr__(self, name: str):
+        def attempt(*args):
+            try:
+                return getattr(self.stream, name)(*args)
+            except (OSError, ValueError):
+                self.stream = open(os.devnull, "w")
 
-
-def open_run(args: Args) -> tuple[Path, SummaryWriter]:
-    """The run's folder, new or that of the resumed checkpoint, and its TensorBoard writer."""
-    name = (
-        f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    )
-    run = Path(args.resume).parent if args.resume else Path("runs") / name
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            config=asdict(args),
-            name=run.name,
-            sync_tensorboard=True,
-        )
-    try:
-        writer = SummaryWriter(str(run))
-    except OSError as e:
-        sys.exit(f"error: cannot write to {run} ({e.strerror}); start from a folder of your own.")
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    print(f"{args.exp_name}: {args.env_id}, {args.buffer} replay, all in {run}", flush=True)
-    return run, writer
-
-
-# --- end shared
-
-
-@torch.no_grad()
-def evaluate(q_network, args: Args, device: torch.device, stop=(), video_folder=None):
-    """Play `eval_episodes` whole episodes with epsilon `eval_e`: their returns."""
-    n, rng, returns = min(args.eval_episodes, 10), np.random.default_rng(args.seed), []
-    options = {"render_mode": "rgb_array"} if video_folder else {}
-    envs = make_env(args.env_id, n, args.seed + 10_000, **options)
-    obs, _ = envs.start()
-    filming = bool(video_folder)
-    film = [envs.envs[0].render()] if filming else []
-    # each lane plays its share of the episodes, so that short ones do not count more often
-    left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
-    while left.any() and not stop:
-        q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
-        actions, explore = rng.integers(q_values.shape[1], size=n), rng.random(n) < args.eval_e
-        actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
-        obs, *_, infos = envs.step(actions)
-        if filming:
-            film.append(envs.envs[0].render())
-        for env, episode_return, _ in infos["episodes"]:
-            filming &= env != 0
-            if left[env]:
-                returns.append(episode_return)
-                left[env] -= 1
-    if video_folder:
-        from gymnasium.utils.save_video import save_video
-
-        save_video(film, str(video_folder), lambda _: True, fps=30)
-    return np.array(returns)
-
-
-def main(args: Args, saved: dict) -> None:
-    # ------------------------------------------------------------------------------------ set up
-    if args.buffer == "auto":
-        args.buffer = built_buffers(args)[-1]
-    check_args(args, bytes_per_row=100)
-    device, n = prepare(args), args.num_envs
-    rng = np.random.default_rng(args.seed)
-    envs = make_env(args.env_id, n, args.seed)
-    env = envs.envs[0]
-    n_actions, obs_shape = int(env.action_space.n), env.observation_space.shape
-    q_network = QNetwork(*obs_shape, n_actions).to(device)
-    target_network = QNetwork(*obs_shape, n_actions).to(device)
-    target_network.load_state_dict(q_network.state_dict())
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
-    loss_fn = torch.compile(td_loss) if args.compile else td_loss
-    options = {"gamma": args.gamma, "seed": args.seed}
-    if args.buffer != "numpy":  # the same class that stacks frames: here one vector, no stack
-        options |= {"stack": None, "frame_dtype": torch.float32}
-        options |= {"device": device if args.buffer == "cuda" else "cpu"}
-    replay_class = Replay if args.buffer == "numpy" else fastreplay.FrameReplay
-    replay = replay_class(args.buffer_size, obs_shape, n, **options)
-    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    try:
-        for name in parts if saved else ():
-            parts[name].load_state_dict(saved[name])
-        if "replay" in saved:
-            replay.load_state_dict(saved["replay"])
-    except (KeyError, RuntimeError, ValueError) as e:
-        reason = str(e).strip().splitlines()[-1].strip()
-        sys.exit(f"error: the checkpoint does not fit these arguments ({reason}).")
-    if args.evaluate:
-        returns = evaluate(q_network, args, device)
-        print(f"{args.env_id}: {returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} games")
-        return
-    global_step, seconds_before = saved.get("global_step", 0), saved.get("seconds", 0.0)
-    recent_returns = deque(saved.get("recent_returns", ()), maxlen=100)
-    if saved:
-        rng.bit_generator.state = saved["rng"]
-    obs, infos = envs.start(saved.get("envs"))
-    episode_starts = infos["episode_starts"]
-    run, writer = open_run(args)
-    if args.buffer == "cuda":
-        print(replay, flush=True)  # it says where its frames found room
-
-    def learn(batch: Batch) -> torch.Tensor:
-        """One gradient step; nothing here reads a value back from the device."""
-        loss, _ = loss_fn(q_network, target_network, batch, args)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    def due(every: int) -> int:
-        """How many multiples of `every` lie among the n agent steps of this iteration."""
-        return global_step // every - (global_step - n) // every if every else 0
-
-    def checkpoint() -> bool:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"replay": replay.state_dict()} if args.checkpoint_replay else {}
-        state |= {"envs": envs.state_dict(), "rng": rng.bit_generator.state}
-        state |= {"global_step": global_step, "recent_returns": list(recent_returns)}
-        state |= {"seconds": seconds_before + time.time() - start_time}
-        state |= {"script": Path(__file__).stem, "args": asdict(args)}
-        state["args"] |= {"resume": None, "evaluate": None}
-        return save_checkpoint(run / "checkpoint.pt", state)
-
-    start_time, first_step, loss, stop = time.time(), global_step, None, stop_on_ctrl_c()
-    interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants fewer lines
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=interval)
-    while global_step < args.total_timesteps and not stop:
-        # ----------------------------------------------------------------------------------- act
-        epsilon = epsilon_at(global_step, args)
-        actions, explore = rng.integers(n_actions, size=n), rng.random(n) < epsilon
-        if not explore.all():
-            with torch.inference_mode():
-                q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
-            actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
-
-        # ---------------------------------------------------------------------------------- step
-        next_obs, rewards, terminations, _, infos = envs.step(actions)
-        global_step += n
-
-        # --------------------------------------------------------------------------------- store
-        replay.add(obs, actions, rewards, terminations, episode_starts)
-        obs, episode_starts = next_obs, infos["episode_starts"]
-
-        # --------------------------------------------------------------------------------- learn
-        learning = len(replay) >= args.learning_starts
-        for _ in range(due(args.train_frequency) if learning else 0):
-            batch = replay.sample(args.batch_size)
-            if args.anneal_lr:
-                remaining = 1 - global_step / args.total_timesteps
-                optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-            # [:6]: fastreplay's batch has importance weights behind these
-            loss = learn(Batch(*(x.to(device, non_blocking=True) for x in batch[:6])))
-
-        # --------------------------------------------------------------------------- sync target
-        if learning and due(args.target_network_frequency):
-            for p_target, p in zip(target_network.parameters(), q_network.parameters()):
-                p_target.data.lerp_(p.data, args.tau)
-
-        # -------------------------------------------------------------------------------- report
-        bar.update(n)
-        recent_returns.extend(episode_return for _, episode_return, _ in infos["episodes"])
-        if due(args.log_frequency):
-            seconds = time.time() - start_time
-            writer.add_scalar("charts/hours", (seconds_before + seconds) / 3600, global_step)
-            writer.add_scalar("charts/SPS", (global_step - first_step) / seconds, global_step)
-            writer.add_scalar("charts/epsilon", epsilon, global_step)
-            figures = {}
-            if recent_returns:
-                figures["return"] = np.mean(recent_returns)
-                writer.add_scalar("charts/mean_return_100", figures["return"], global_step)
-            if loss is not None:
-                figures["loss"] = loss.item()
-                writer.add_scalar("losses/td_loss", figures["loss"], global_step)
-            bar.set_postfix(
-                {k: f"{v:.3g}" for k, v in figures.items()} | {"eps": round(epsilon, 2)}
-            )
-        if due(args.eval_frequency) or global_step >= args.total_timesteps:
-            film = run / "videos" if args.capture_video else None
-            returns = evaluate(q_network, args, device, stop, film)
-            if not stop:
-                writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-                bar.write(
-                    f"step {global_step}: {returns.mean():.1f} +- {returns.std():.1f} evaluated"
-                )
-        if due(args.checkpoint_frequency):
-            checkpoint()
-
-    bar.close()
-    written = checkpoint()
-    writer.close()
-    if written and global_step < args.total_timesteps:
-        print(f"go on with: python {sys.argv[0]} --resume {run / 'checkpoint.pt'}")
-    if not written:
-        sys.exit(1)
+        return attempt if name in ("write", "flush") else getattr(self.stream, name)
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    main(parse_args())
