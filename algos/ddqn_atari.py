@@ -230,9 +230,10 @@ class FrameReplay:
     ):
         self.rows, self.num_envs, self.stack = capacity // num_envs, num_envs, stack
         self.n_step, self.gamma, self.rng = n_step, gamma, np.random.default_rng(seed)
-        if self.rows < stack + n_step:
-            least = (stack + n_step) * num_envs
-            raise ValueError(f"a capacity of {capacity} holds no transition; at least {least}")
+        if self.rows < 2:  # a transition takes a row, and its next_obs another
+            raise ValueError(
+                f"a capacity of {capacity} is below 2 rows for each of {num_envs} games"
+            )
         self.device = device  # of the batches
         self.head = self.size = 0  # next row to write, rows stored (of each game)
         shape = (self.rows, num_envs)
@@ -496,34 +497,30 @@ def make_envs(env_id: str, num_envs: int, seed, **options) -> Games:
     if "game" not in kwargs:
         sys.exit(f"error: --env-id {env_id} is not an Atari game; try algos/dqn_cartpole.py.")
     names = ("game", "repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
-    settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+    options = {name: kwargs.pop(name) for name in names if name in kwargs} | options
     if kwargs.pop("frameskip", 4) not in (1, 4) or kwargs:  # 1: left to a wrapper, which takes 4
         game = re.sub(r"^ALE/|(NoFrameskip)?-v\d+$", "", env_id)
         sys.exit(
             f"error: --env-id {env_id} skips a random number of frames or has settings that are "
             f"not supported; take {game}NoFrameskip-v4 or ALE/{game}-v5."
         )
-    return Games(num_envs=num_envs, seed=seed, life_loss_info=True, **settings, **options)
+    return Games(num_envs=num_envs, seed=seed, life_loss_info=True, **options)
 
 
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
     """Play whole games -> their unclipped returns, and the actions of the first, for a film."""
-    rng, n, returns, first_episode = (
-        np.random.default_rng(seed),
-        min(args.eval_episodes, 10),
-        [],
-        [],
-    )
+    n, rng = min(args.eval_episodes, 10), np.random.default_rng(seed)
+    returns, first_episode, filming = [], [], True
     envs = make_envs(args.env_id, n, seed)
-    (obs, _), filming = envs.reset(), True
+    obs, _ = envs.reset()
     # Each lane plays its share of the episodes, so that short ones do not count more often.
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
     while left.any() and not stop:
         actions = act(q_network, obs, args.eval_e, rng, device)
-        first_episode += [int(actions[0])] * filming
+        first_episode += [int(actions[0])] if filming else []
         obs, *_, infos = envs.step(actions)
         for lane, episode_return, _ in infos["episodes"]:
-            filming &= lane != 0
+            filming = filming and lane != 0
             if left[lane]:
                 returns.append(episode_return)
                 left[lane] -= 1

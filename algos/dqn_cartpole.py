@@ -295,24 +295,20 @@ def make_envs(env_id: str, num_envs: int, seed, **options) -> Environments:
 
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
     """Play whole episodes -> their unclipped returns, and the actions of the first, for a film."""
-    rng, n, returns, first_episode = (
-        np.random.default_rng(seed),
-        min(args.eval_episodes, 10),
-        [],
-        [],
-    )
+    n, rng = min(args.eval_episodes, 10), np.random.default_rng(seed)
+    returns, first_episode, filming = [], [], True
     limit = gym.spec(args.env_id).max_episode_steps
     envs = make_envs(args.env_id, n, seed, max_episode_steps=limit or args.eval_max_steps)
-    obs, filming, cut = envs.reset(), True, 0
+    obs, cut = envs.reset(), 0
     # Each lane plays its share of the episodes, so that short ones do not count more often.
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
     while left.any() and not stop:
         actions = act(q_network, obs, args.eval_e, rng, device)
-        first_episode += [int(actions[0])] * filming
+        first_episode += [int(actions[0])] if filming else []
         *_, terminations, truncations, infos = envs.step(actions)
         obs = envs.reset(terminations | truncations)
         for lane, episode_return, _ in infos["episodes"]:
-            filming &= lane != 0
+            filming = filming and lane != 0
             if left[lane]:
                 cut += truncations[lane]
                 returns.append(episode_return)

@@ -3,6 +3,7 @@
 import importlib.util
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import emulated
@@ -23,17 +24,27 @@ def load(name: str):
     return sys.modules[name]
 
 
-# On a GPU; where there is none, CI runs the same kernels on the CPU (tests/cuda_emulation).
-CUDA = [
-    "cuda-emulated",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-        ],
-    ),
-]
+# The CUDA kernels run on a GPU, or compiled for the CPU (tests/cuda_emulation).
+CUDA = ["cuda-emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash.get(LEFT_OUT, 0):
+        count = config.stash[LEFT_OUT]
+        terminalreporter.write_line(f"{count} tests need a CUDA GPU and were left out.")
 
 
 @pytest.fixture
@@ -81,9 +92,12 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def own_signals():
-    """A script's main() takes over Ctrl-C: give it back to pytest."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def own_handlers():
+    """A script's main() takes over Ctrl-C and threading.excepthook: give them back to pytest."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    hook = threading.excepthook
     yield
+    threading.excepthook = hook
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,8 +1,8 @@
 """The scripts are one family: a child differs from its parent only where the table says.
 
-The pieces of a file are its top-level statements, by name (`td_loss`, `FrameReplay`), and the methods
-of `Run` (`Run.log`). A piece that a child shares with its parent has the same text in both, unless
-the table lists it. `python tests/test_family.py --sync` copies such pieces from the parent.
+The pieces of a file are its top-level statements, by name (`td_loss`, `FrameReplay`), and the
+methods of `Run` (`Run.log`). A piece that a child shares with its parent has the same text in both,
+unless the table lists it. `python tests/test_family.py --sync` copies such pieces from the parent.
 """
 
 import ast

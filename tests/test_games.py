@@ -1,9 +1,12 @@
 """What the Atari scripts make of the games: the protocol, and each known mistake."""
 
+import functools
+
 import gymnasium as gym
 import numpy as np
 import oracle
 import pytest
+import torch
 from conftest import load
 
 m = load("dqn_atari")
@@ -13,9 +16,8 @@ NOOPS_OFF = {"noop_max": 0, "use_fire_reset": False}
 def play(envs, steps, rng, n_actions=None, replay=None, reference=None):
     """Step random actions; -> a list of (obs, actions, rewards, terminations, truncations, infos
     after the step). Everything told to `replay` is what the scripts tell it."""
-    obs, infos = envs.start()
-    starts, log = infos["episode_starts"], []
-    n_actions = n_actions or int(envs.single_action_space.n)
+    obs, starts = envs.reset()
+    log, n_actions = [], n_actions or envs.n_actions
     for _ in range(steps):
         actions = rng.integers(n_actions, size=envs.num_envs)
         held = obs.copy()
@@ -58,7 +60,7 @@ def test_rebuilt_stacks_equal_what_the_games_returned(env_id):
     options = {"num_envs": n, "n_step": 3}
     replay = m.FrameReplay(capacity, (84, 84), **options)
     reference = oracle.OracleReplay(capacity, **options)
-    log = play(m.make_env(env_id, n, 1), 1250, np.random.default_rng(0), None, replay, reference)
+    log = play(m.make_envs(env_id, n, 1), 1250, np.random.default_rng(0), None, replay, reference)
     assert sum(infos["episode_starts"].sum() for *_, infos in log) >= 3, (
         "no game ended in this test"
     )
@@ -69,9 +71,9 @@ def test_frames_equal_gymnasiums_preprocessing():
     """The same actions through AtariPreprocessing, where the protocols agree: bit for bit."""
     pytest.importorskip("cv2")
     for env_id in ("BreakoutNoFrameskip-v4", "PongNoFrameskip-v4"):
-        envs = m.make_env(env_id, 1, 0, **NOOPS_OFF)
+        envs = m.make_envs(env_id, 1, 0, **NOOPS_OFF)
         env = gym.wrappers.AtariPreprocessing(gym.make(env_id), noop_max=0, frame_skip=4)
-        obs, _ = envs.start()
+        obs, _ = envs.reset()
         frame, _ = env.reset(seed=int(envs.seeds[0]))
         rng, compared = np.random.default_rng(3), 0
         for _ in range(600):
@@ -88,7 +90,7 @@ def test_frames_equal_gymnasiums_preprocessing():
 
 
 def test_a_lost_life_terminates_and_the_game_goes_on():
-    log = play(m.make_env("BreakoutNoFrameskip-v4", 4, 2), 700, np.random.default_rng(1))
+    log = play(m.make_envs("BreakoutNoFrameskip-v4", 4, 2), 700, np.random.default_rng(1))
     lost = over = 0
     for (*_, terminations, _, infos), (*_, after) in zip(log, log[1:]):
         for game in np.flatnonzero(terminations):
@@ -105,7 +107,7 @@ def test_a_lost_life_terminates_and_the_game_goes_on():
 
 def test_games_are_counted_whole_and_unclipped():
     """Seaquest pays 20 a shark: clipped, or counted by life, the sums would not agree."""
-    log = play(m.make_env("ALE/Seaquest-v5", 4, 0), 1200, np.random.default_rng(1))
+    log = play(m.make_envs("ALE/Seaquest-v5", 4, 0), 1200, np.random.default_rng(1))
     sums, counts, checked = np.zeros(4), np.zeros(4, int), 0
     for _, _, rewards, _, _, infos in log:
         starts = infos["episode_starts"]
@@ -125,7 +127,7 @@ def test_a_truncated_game_bootstraps_from_its_true_last_frame():
     n, options = 2, {"max_num_frames_per_episode": 200, **NOOPS_OFF}
     replay = m.FrameReplay(600, (84, 84), n)
     reference = oracle.OracleReplay(600, n)
-    envs = m.make_env("PongNoFrameskip-v4", n, 0, **options)
+    envs = m.make_envs("PongNoFrameskip-v4", n, 0, **options)
     log = play(envs, 220, np.random.default_rng(0), None, replay, reference)
     compare_all(replay, reference)
     truncated = [t for t, entry in enumerate(log) if entry[4][0]]
@@ -142,11 +144,11 @@ def test_a_truncated_game_bootstraps_from_its_true_last_frame():
 def test_a_life_lost_on_the_very_last_frame_still_opens_a_new_game():
     """ALE reports `terminated` with lives left and resets all the same when the frame cap falls on
     a lost life; only the frame number tells."""
-    envs = m.make_env("BreakoutNoFrameskip-v4", 1, 3)
+    envs = m.make_envs("BreakoutNoFrameskip-v4", 1, 3)
     log = play(envs, 400, np.random.default_rng(4))
     t = next(t for t, e in enumerate(log) if e[3][0] and e[5]["lives"][0] > 0)
     cap = 4 * (t + 1)  # frames since the reset
-    envs = m.make_env("BreakoutNoFrameskip-v4", 1, 3, max_num_frames_per_episode=cap)
+    envs = m.make_envs("BreakoutNoFrameskip-v4", 1, 3, max_num_frames_per_episode=cap)
     log = play(envs, t + 3, np.random.default_rng(4))
     _, _, _, terminations, truncations, infos = log[t]
     assert terminations[0] and not truncations[0] and infos["lives"][0] > 0
@@ -157,19 +159,22 @@ def test_a_life_lost_on_the_very_last_frame_still_opens_a_new_game():
 def test_games_go_on_where_a_checkpoint_stood(env_id, monkeypatch):
     """Also across fresh seeds, with sticky actions, and with games of different age."""
     rng, n = np.random.default_rng(0), 3
-    envs = m.make_env(env_id, n, 7)
-    envs.start()
+    envs = m.make_envs(env_id, n, 7)
+    envs.reset()
     for step in range(900):
         if step in (200, 201, 450):  # as if their histories had grown long
             envs.histories[step % n] *= 30
         envs.send(rng.integers(4, size=n))
         envs.recv()
     # a seed replaced at a reset leaves a history that is exactly the actions since
-    while any(len(h) > 5000 for h in envs.histories):
+    held = None
+    while held is None or any(len(h) > 5000 for h in envs.histories):
         envs.send(rng.integers(4, size=n))
-        envs.recv()
-    other = m.make_env(env_id, n, 8)
-    other.start(envs.state_dict())
+        held = envs.recv()[0]
+    other = m.make_envs(env_id, n, 8)
+    other.load_state_dict(envs.state_dict())
+    obs, starts = other.reset()
+    assert np.array_equal(obs, held) and np.array_equal(starts, envs.starts)
     for _ in range(300):
         actions = rng.integers(4, size=n)
         envs.send(actions)
@@ -182,7 +187,7 @@ def test_games_go_on_where_a_checkpoint_stood(env_id, monkeypatch):
 def test_seeds_give_the_same_and_different_games():
     logs = []
     for seed in (1, 1, 2):
-        log = play(m.make_env("BreakoutNoFrameskip-v4", 2, seed), 150, np.random.default_rng(0))
+        log = play(m.make_envs("BreakoutNoFrameskip-v4", 2, seed), 150, np.random.default_rng(0))
         logs.append(np.stack([entry[0] for entry in log]))
     assert np.array_equal(logs[0], logs[1])
     assert not np.array_equal(logs[0], logs[2])
@@ -193,21 +198,68 @@ def test_ids_stand_for_their_sticky_actions():
     """v5 repeats the last action with chance 0.25: the same actions part from the v4 game's."""
     films = {}
     for env_id in ("PongNoFrameskip-v4", "ALE/Pong-v5"):
-        log = play(m.make_env(env_id, 1, 1, **NOOPS_OFF), 200, np.random.default_rng(0))
+        log = play(m.make_envs(env_id, 1, 1, **NOOPS_OFF), 200, np.random.default_rng(0))
         films[env_id] = np.stack([entry[0] for entry in log])
     assert not np.array_equal(*films.values())
 
 
-def test_evaluation_plays_whole_games_with_its_own_epsilon(atari):
-    """A network that always prefers NOOP scores 0 in Breakout, unless epsilon moves it."""
-    import torch
-
+def noop_network(atari):
+    """A network that always prefers NOOP."""
     q_network = atari.QNetwork(4)
     with torch.no_grad():
         q_network.head.weight.zero_()
         q_network.head.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
-    args = atari.Args(env_id="BreakoutNoFrameskip-v4", eval_episodes=5, eval_e=1.0)
-    moved = atari.evaluate(q_network, args, torch.device("cpu"))
+    return q_network
+
+
+def test_evaluation_plays_whole_games_with_its_own_epsilon(atari):
+    """A network that always prefers NOOP scores 0 in Breakout, unless epsilon moves it."""
+    args = atari.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=5, eval_e=1.0)
+    evaluate = functools.partial(atari.evaluate, noop_network(atari), args, torch.device("cpu"))
+    moved, actions = evaluate((1, 7))
     assert len(moved) == 5 and moved.sum() > 0
-    again = atari.evaluate(q_network, args, torch.device("cpu"))
-    assert moved.tolist() == again.tolist()
+    again, same_actions = evaluate((1, 7))
+    assert moved.tolist() == again.tolist() and actions == same_actions
+    _, other_actions = evaluate((1, 8))
+    assert actions != other_actions, "another step plays other games"
+
+
+def test_a_film_is_the_first_game_of_its_evaluation():
+    """As many pictures as the game has observations, and the game's own return."""
+    args = m.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=3, eval_e=1.0)
+    seed = (1, 7)
+    envs = m.make_envs(args.env_id, 3, seed)
+    _, actions = m.evaluate(noop_network(m), args, torch.device("cpu"), seed)
+    pictures, fps = m.film(args, seed, actions)
+    assert fps == 15 and pictures[0].shape == (210, 160, 3)
+    (obs, _), rng, length, done = envs.reset(), np.random.default_rng(seed), 0, False
+    while not done:
+        envs.send(m.act(noop_network(m), obs, 1.0, rng, torch.device("cpu")))
+        obs, *_, infos = envs.recv()
+        length += 1
+        done = infos["episode_starts"][0]
+    assert len(pictures) == length, "the last picture is the final observation"
+
+
+@pytest.mark.parametrize("env_id", ["Breakout-v4", "Breakout-v0"])
+def test_ids_that_skip_a_random_number_of_frames_are_refused(env_id):
+    with pytest.raises(SystemExit, match=r"random number of frames.*BreakoutNoFrameskip-v4"):
+        m.make_envs(env_id, 1, 1)
+
+
+def test_every_other_id_is_played_as_it_says():
+    import ale_py  # registers the ids
+
+    refused = 0
+    for env_id, spec in gym.registry.items():
+        if "game" not in spec.kwargs or spec.kwargs["game"] != "pong":
+            continue
+        try:
+            envs = m.make_envs(env_id, 1, 1)
+        except SystemExit:
+            refused += 1
+            assert spec.kwargs["frameskip"] == (2, 5)
+        else:
+            assert spec.kwargs["frameskip"] in (1, 4)
+            assert envs.n_actions == 6
+    assert refused == 2 and ale_py.__version__

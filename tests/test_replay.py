@@ -3,6 +3,7 @@
 import numpy as np
 import oracle
 import pytest
+import torch
 from conftest import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,15 +108,49 @@ def test_frame_replay_equals_the_oracle(num_envs, rows, stack, n_step, seed, sto
     world.check()
 
 
+vectors = st.lists(st.integers(1, 4), min_size=1, max_size=40)
+
+
 @settings(max_examples=80, deadline=None)
-@given(**{k: v for k, v in worlds.items() if k not in ("stack", "n_step")})
-def test_vector_replay_equals_the_oracle(num_envs, rows, seed, story):
-    replay = load("dqn_cartpole").Replay(rows * num_envs, (4,), num_envs, gamma=0.9, seed=seed)
-    reference = oracle.OracleReplay(rows * num_envs, num_envs, stack=1, gamma=0.9)
-    world = World(replay, reference, np.random.default_rng(seed), frames=False)
-    for events in story:
-        world.step(events[:num_envs])
-    world.check()
+@given(capacity=st.integers(4, 30), counts=vectors, seed=st.integers(0, 2**31))
+def test_vector_replay_holds_the_newest_transitions(capacity, counts, seed):
+    """Every transition is a field of numbers that name it: nothing is mixed up or stale."""
+    script, device = load("dqn_cartpole"), torch.device("cpu")
+    replay, written = script.Replay(capacity, 2, device), []
+    for n in counts:
+        ids = np.arange(len(written), len(written) + n)
+        written += ids.tolist()
+        obs = np.stack([ids, -ids], axis=1).astype(np.float32)
+        replay.add(obs, ids, ids.astype(np.float32), obs + 0.5, 0.99 * (ids % 2 == 0))
+    torch.manual_seed(seed)
+    batch = replay.sample(500)
+    drawn = batch.actions.tolist()
+    assert set(drawn) <= set(written[-capacity:] if max(counts) == 1 else written)
+    for i, k in enumerate(drawn):
+        assert batch.obs[i].tolist() == [k, -k] and batch.rewards[i] == k
+        assert batch.next_obs[i].tolist() == [k + 0.5, 0.5 - k]
+        assert batch.discounts[i].item() == pytest.approx(0.99 if k % 2 == 0 else 0.0)
+    # After a wrap-around at most 3 rows at the end, too few for one add, are older than the rest.
+    stored = set(replay.columns[1][: len(replay)].tolist())
+    oldest = len(written) - capacity
+    assert set(drawn) <= stored
+    assert sum(k < oldest for k in stored) <= max(counts) - 1
+    assert len(stored) == len(replay) <= min(capacity, len(written))
+
+
+def test_vector_replay_draws_uniformly():
+    replay = load("dqn_cartpole").Replay(50, 1, torch.device("cpu"))
+    for k in range(70):
+        replay.add(
+            *(np.full((1, 1), k, np.float32), np.array([k]), np.zeros(1, np.float32)),
+            np.zeros((1, 1), np.float32),
+            np.ones(1),
+        )
+    torch.manual_seed(0)
+    actions = replay.sample(100_000).actions.numpy()
+    counts = np.bincount(actions, minlength=70)
+    assert counts[:20].sum() == 0, "overwritten transitions"
+    assert stats.chisquare(counts[20:]).pvalue > 1e-4
 
 
 def filled(n_step=1, seed=0, steps=400):
@@ -154,3 +189,49 @@ def test_memory_of_a_transition():
     replay = load("dqn_atari").FrameReplay(rows, (84, 84), 1)
     arrays = [v for v in vars(replay).values() if isinstance(v, np.ndarray)]
     assert sum(a.nbytes for a in arrays) / rows <= 7200
+
+
+def test_a_capacity_that_holds_no_transition_is_refused():
+    make = load("dqn_atari").FrameReplay
+    with pytest.raises(ValueError, match="capacity of 3 is below 2 rows for each of 2 games"):
+        make(3, (4,), num_envs=2)
+    replay = make(4, (4,), num_envs=2, n_step=3)  # enough for episodes of one step
+    ends, opens = np.ones(2, bool), np.ones(2, bool)
+    for k in range(2):
+        frames = np.full((2, 4), k, np.uint8)
+        replay.add(frames, np.zeros(2), np.zeros(2), ends, opens if k == 0 else ~opens)
+    assert len(replay.sample(3).obs) == 3
+
+
+def test_frames_of_another_dtype_are_refused():
+    """300 as uint8 would be 44."""
+    replay = load("dqn_atari").FrameReplay(20, (4,))
+    row = (np.array([0]), np.zeros(1, np.float32), np.zeros(1, bool), np.ones(1, bool))
+    with pytest.raises(TypeError, match="frames must be uint8, not int64"):
+        replay.add(np.full((1, 4), 300), *row)
+    assert len(replay) == 0
+
+
+BAD_STATES = {
+    "no rewards": lambda state: state.pop("rewards"),
+    "head beyond the rows": lambda state: state.update(head=10**6),
+    "negative head": lambda state: state.update(head=-1),
+    "size of another kind": lambda state: state.update(size="all"),
+    "too large": lambda state: state.update(size=10**6, head=0),
+    "damaged rng": lambda state: state.update(rng={"bit_generator": "PCG64"}),
+    "frames cut": lambda state: state.update(frames=state["frames"][:5]),
+    "other dtype": lambda state: state.update(actions=state["actions"].float()),
+    "no tensor": lambda state: state.update(opens=None),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_STATES.values(), ids=BAD_STATES)
+def test_a_damaged_state_changes_nothing(damage):
+    world, other = filled(seed=1), filled(seed=2)
+    state = world.replay.state_dict()
+    damage(state)
+    before = {k: np.copy(v) for k, v in vars(other.replay).items() if isinstance(v, np.ndarray)}
+    with pytest.raises(ValueError, match="not a state of this replay"):
+        other.replay.load_state_dict(state)
+    assert all(np.array_equal(getattr(other.replay, k), v) for k, v in before.items())
+    other.check()

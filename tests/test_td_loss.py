@@ -20,17 +20,23 @@ def random_batch(m, rng, atari):
         "rewards": rng.normal(size=BATCH) * 3,
         "next_obs": draw(),
         "discounts": discounts,
-        "indices": np.arange(BATCH),
     }
-    return arrays, m.Batch(**{k: torch.from_numpy(v) for k, v in arrays.items()})
+    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    if atari:
+        tensors |= {"indices": torch.arange(BATCH), "is_weights": torch.ones(BATCH)}
+    return arrays, m.Batch(**tensors)
+
+
+def in_float64(batch):
+    """A batch for networks in float64: frames scaled to [0, 1] beforehand."""
+    obs, next_obs = batch.obs.double(), batch.next_obs.double()
+    scale = 255 if batch.obs.dtype == torch.uint8 else 1
+    return batch._replace(obs=obs / scale, next_obs=next_obs / scale)
 
 
 def networks(m, atari):
     make = (lambda: m.QNetwork(N_ACTIONS)) if atari else (lambda: m.QNetwork(6, N_ACTIONS))
-    q_network, target_network = make().double(), make().double()
-    if atari:  # the layout that the scripts train in
-        q_network.to(memory_format=torch.channels_last)
-    return q_network, target_network
+    return make().double(), make().double()
 
 
 @pytest.mark.parametrize("loss", ["huber", "mse"])
@@ -40,8 +46,8 @@ def test_loss_equals_the_oracle(script, loss, seed):
     atari, double = "atari" in script.__name__, script.__name__.startswith("ddqn")
     q_network, target_network = networks(script, atari)
     arrays, batch = random_batch(script, np.random.default_rng(seed), atari)
-    args = script.Args(loss=loss)
-    value, td_error = script.td_loss(q_network, target_network, batch, args)
+    args, batch = script.Args(loss=loss), in_float64(batch)
+    value, td_error, q_taken = script.td_loss(q_network, target_network, batch, args)
     expected = oracle.td_errors(double, q_network.state_dict(), target_network.state_dict(), arrays)
     other = oracle.td_errors(
         not double, q_network.state_dict(), target_network.state_dict(), arrays
@@ -49,7 +55,10 @@ def test_loss_equals_the_oracle(script, loss, seed):
     np.testing.assert_allclose(td_error.numpy(), expected, rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(value.item(), oracle.loss_of(expected, loss), rtol=1e-9)
     assert not np.allclose(expected, other), "this batch would not tell DQN from Double DQN"
-    assert not td_error.requires_grad
+    q_values = oracle.q_values(q_network.state_dict(), arrays["obs"])
+    expected = q_values[np.arange(BATCH), arrays["actions"]]
+    np.testing.assert_allclose(q_taken.numpy(), expected, rtol=1e-9)
+    assert not td_error.requires_grad and not q_taken.requires_grad
 
 
 @pytest.mark.parametrize("loss", ["huber", "mse"])
@@ -58,7 +67,8 @@ def test_gradient_flows_through_the_value_of_the_action_taken_only(script, loss)
     atari, double = "atari" in script.__name__, script.__name__.startswith("ddqn")
     q_network, target_network = networks(script, atari)
     arrays, batch = random_batch(script, np.random.default_rng(5), atari)
-    value, _ = script.td_loss(q_network, target_network, batch, script.Args(loss=loss))
+    args = script.Args(loss=loss)
+    value, *_ = script.td_loss(q_network, target_network, in_float64(batch), args)
     value.backward()
     errors = oracle.td_errors(double, q_network.state_dict(), target_network.state_dict(), arrays)
     slope = np.clip(-errors, -1, 1) if loss == "huber" else -2 * errors
@@ -83,27 +93,38 @@ def test_one_update_equals_the_oracle(cartpole):
     )
 
     optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-3, fused=True)
-    value, _ = cartpole.td_loss(q_network, target_network, batch, cartpole.Args(loss="mse"))
+    value, *_ = cartpole.td_loss(q_network, target_network, batch, cartpole.Args(loss="mse"))
     value.backward()
     optimizer.step()
     for p, e in zip(q_network.parameters(), expected):
         np.testing.assert_allclose(p.detach().numpy(), e, rtol=1e-7, atol=1e-9)
 
 
+class Plain(torch.nn.Sequential):
+    """The layers of Features as torch computes them, flattened in the same order."""
+
+    def forward(self, x):
+        for layer in self:
+            if isinstance(layer, torch.nn.Flatten):
+                x = x.permute(0, 2, 3, 1)
+            x = layer(x.contiguous())
+        return x
+
+
 def test_fast_layout_changes_rounding_only(atari):
-    """channels_last and the fused optimiser, on by default, give the update of the plain ones."""
+    """Features and the fused optimiser give the update of nn.Sequential and the plain one."""
     weights = []
     for fast in (False, True):
         torch.manual_seed(1)
         q_network, target_network = atari.QNetwork(N_ACTIONS), atari.QNetwork(N_ACTIONS)
-        if fast:
-            q_network.to(memory_format=torch.channels_last)
-            target_network.to(memory_format=torch.channels_last)
+        if not fast:
+            for network in (q_network, target_network):
+                network.features = Plain(*network.features)
         optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-4, fused=fast)
         for seed in range(3):
             _, batch = random_batch(atari, np.random.default_rng(seed), atari=True)
             batch = batch._replace(rewards=batch.rewards.float(), discounts=batch.discounts.float())
-            loss, _ = atari.td_loss(q_network, target_network, batch, atari.Args())
+            loss, *_ = atari.td_loss(q_network, target_network, batch, atari.Args())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -121,11 +142,11 @@ def test_fast_layout_changes_rounding_only(atari):
 def test_the_hidden_layer_is_dense_in_every_form(atari):
     """A CPU computes it as a convolution in float32, as a matrix product in float64."""
     torch.manual_seed(1)
-    single = atari.QNetwork(N_ACTIONS).to(memory_format=torch.channels_last)
+    single = atari.QNetwork(N_ACTIONS)
     double = atari.QNetwork(N_ACTIONS).double()
     double.load_state_dict(single.state_dict())
     obs = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
-    outputs = [single(obs), double(obs)]
+    outputs = [single(obs), double(obs.double() / 255)]
     torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-4, atol=1e-6)
     for output in outputs:
         output.square().sum().backward()
@@ -133,15 +154,15 @@ def test_the_hidden_layer_is_dense_in_every_form(atari):
         torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_values_are_not_rounded_to_bfloat16(atari):
+def test_values_are_not_rounded_to_bfloat16(atari, monkeypatch):
     """Actions differ in value by less than bfloat16 can tell apart near 1."""
     torch.manual_seed(1)
     q_network = atari.QNetwork(N_ACTIONS)
     with torch.no_grad():
         q_network.head.weight.mul_(1e-2)
         q_network.head.bias.copy_(1 + torch.arange(N_ACTIONS) * 1e-3)
-    with torch.autocast("cpu", torch.bfloat16):
-        q_values = q_network(torch.zeros(1, 4, 84, 84, dtype=torch.uint8))
+    monkeypatch.setattr(atari.Features, "bfloat16", True)
+    q_values = q_network(torch.zeros(1, 4, 84, 84, dtype=torch.uint8))
     assert q_values.dtype == torch.float32 and len(q_values.unique()) == N_ACTIONS
 
 
@@ -149,3 +170,25 @@ def test_epsilon(script):
     args = script.Args(total_timesteps=1000, exploration_fraction=0.1, start_e=1.0, end_e=0.1)
     values = [script.epsilon_at(step, args) for step in (0, 50, 100, 500, 1000)]
     assert values == pytest.approx([1.0, 0.55, 0.1, 0.1, 0.1])
+
+
+def test_epsilon_without_exploration_phase(script):
+    """CleanRL's `--exploration-fraction 0`."""
+    args = script.Args(total_timesteps=1000, exploration_fraction=0.0, end_e=0.1)
+    assert [script.epsilon_at(step, args) for step in (0, 1, 1000)] == pytest.approx([0.1] * 3)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_act_is_epsilon_greedy(script, epsilon):
+    torch.manual_seed(0)
+    atari, n = "atari" in script.__name__, 400
+    q_network = script.QNetwork(4) if atari else script.QNetwork(6, 4)
+    rng = np.random.default_rng(0)
+    shape = (n, 4, 84, 84) if atari else (n, 6)
+    obs = rng.integers(256, size=shape, dtype=np.uint8) if atari else rng.normal(size=shape)
+    obs = obs if atari else obs.astype(np.float32)
+    actions = script.act(q_network, obs, epsilon, rng, torch.device("cpu"))
+    greedy = q_network(torch.from_numpy(obs)).argmax(dim=1).numpy()
+    share = (actions == greedy).mean()  # of greedy actions: 1 - epsilon + epsilon / 4
+    assert share == pytest.approx(1 - 0.75 * epsilon, abs=5 * 0.5 / np.sqrt(n) * (epsilon > 0))
+    assert actions.dtype == np.int64 and set(actions.tolist()) <= set(range(4))
