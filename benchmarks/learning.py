@@ -217,7 +217,8 @@ def draw(script, runs, goal):
     axes.fill_between(steps, low, high, color=OWN, alpha=0.18, linewidth=0)
     axes.plot(steps, middle, color=OWN, linewidth=2.2, marker="o" if len(steps) == 1 else None)
     seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
-    labels = [(middle[-1], f"{middle[-1]:.1f}: interquartile mean\nof {seeds}, 95% interval", OWN)]
+    text = f"{middle[-1]:.1f}: interquartile mean\nof {seeds}, 95% interval\n(thin: each seed)"
+    labels = [(middle[-1], text, OWN)]
     if goal is not None:
         axes.axhline(goal, color=TEXT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         labels.append((goal, f"goal: {goal:g}", TEXT))
@@ -228,7 +229,7 @@ def draw(script, runs, goal):
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda x, _: thousands(x)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    axes.margins(x=0)
+    axes.set_xlim(0, steps[-1])
     label_ends(axes, labels)
     return figure
 

@@ -59,6 +59,14 @@ def git(*words: str) -> str:
     return run.stdout.rstrip()
 
 
+def commit_of(checkout: str) -> str | None:
+    """The full hash of a peer's checkout, with -dirty if its files differ; None without one."""
+    if not checkout:
+        return None
+    words = ["git", "-C", checkout, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+
+
 def quote(words) -> str:
     """A command as one pastes it into a shell in the repository's folder.
 
@@ -142,5 +150,5 @@ def write_record(folder: str | Path, results: dict, report: str, commit: str) ->
     text = json.dumps({"machine": made_by, **results}, separators=(",", ":"))
     (folder / "results.json").write_text(text + "\n")
     text = f"{report.rstrip()}\n\n## How it was made\n\n```bash\n{made_by['command']}\n```\n\n"
-    lines = [f"- {key}: {value}" for key, value in made_by.items() if key != "command"]
+    lines = [f"- {key}: {value}" for key, value in made_by.items() if value and key != "command"]
     (folder / "README.md").write_text(text + "\n".join(lines) + "\n")

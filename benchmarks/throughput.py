@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import ROOT, clean_commit, write_record
+from machine import ROOT, clean_commit, commit_of, write_record
 
 TASKS = {
     "atari": {
@@ -352,14 +352,6 @@ def report_of(args, rates, drift, failed):
     if args.cleanrl:
         lines += [f"CleanRL: commit {commit_of(args.cleanrl)}."]
     return "\n".join(lines)
-
-
-def commit_of(checkout):
-    """The full hash of the commit of a peer's checkout, with -dirty if its files differ."""
-    if not checkout:
-        return None
-    git = ["git", "-C", checkout, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 if __name__ == "__main__":

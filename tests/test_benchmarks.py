@@ -376,3 +376,64 @@ def test_throughput_without_a_rate_is_no_record(repository):
     done = run(repository, *words, "--record", "record")
     assert done.returncode != 0 and not (repository / "record").exists()
     assert "not measured: error: --device must be cpu" in done.stdout
+
+
+def frames_rows():
+    """Made-up results of every frame buffer."""
+    from buffer_peers import PEERS
+    from buffers import SAMPLE_SIZES
+
+    rows = {"plain-copy": {"result": {}}}
+    for threads in (1, 2):
+        for n in SAMPLE_SIZES:
+            for what, seconds in (("copy", 1e-6), ("sample", 1.5e-6)):
+                key = f"{what} {n}, {threads} threads"
+                rows["plain-copy"]["result"][key] = [[seconds * n] * 3] * 5
+    for i, name in enumerate(name for name, peer in PEERS.items() if peer.kind == "frames"):
+        result = {f"sample {n}": [[2e-6 * n * 1.02**i] * 3] * 5 for n in SAMPLE_SIZES}
+        result |= {"bytes": 7000.0 + i, "add/s": 1e5}
+        rows[name] = {"version": "1.0", "memcpy 64 MiB": [1.0, 1.1], "result": result}
+    return rows
+
+
+def test_the_buffer_figures():
+    """The project is drawn in one strong colour, every peer in grey."""
+    pytest.importorskip("matplotlib")
+    from buffer_peers import PEERS
+    from buffers import figures
+    from figures import OWN, PEER
+    from matplotlib.colors import same_color
+
+    capacities = {f"{kind} {10**k}": [[1e-6 * k]] for k in (4, 5, 6) for kind in ("frames", "tree")}
+    rows = frames_rows() | {"capacities": {"result": capacities}}
+    drawn = figures(rows)
+    assert set(drawn) == {"latency", "memory", "capacity"}
+    for name in ("latency", "capacity"):
+        check_labels(drawn[name])
+    frames = [peer for peer in PEERS.values() if peer.kind == "frames"]
+    lines = drawn["latency"].axes[0].lines
+    assert len(lines) == len(frames) + 1 == len(drawn["latency"].axes[0].texts)
+    for peer, line in zip(frames, lines):
+        assert same_color(line.get_color(), OWN if peer.own else PEER)
+    assert drawn["memory"].axes[0].get_legend() is None
+
+
+def test_the_buffer_tables():
+    from buffers import report_of
+
+    rows = frames_rows() | {"cpprb": {"error": "does not install: no such version"}}
+    rows |= {"import": {"error": "does not run: ImportError"}}
+    report = report_of(rows)
+    assert "| fastreplay |" in report and "| does not install: no such version |" in report
+    assert "| 256, 2 threads | 256 (256-256) | 384 (384-384) | 1.50 |" in report
+    assert "import does not run: ImportError" in report
+    assert "Sum-trees, 2^20" not in report and "capacity" not in report  # not measured
+
+
+def test_a_record_of_buffers(repository):
+    words = ["--peers", "cumsum-tree", "--repeats", 1, "--seconds", 0.01]
+    done = run(repository, "benchmarks/buffers.py", *words, "--record", "record")
+    assert done.returncode == 0, done.stderr
+    page = (repository / "record" / "README.md").read_text()
+    assert "| torch cumsum + searchsorted |" in page and "does not run" not in page
+    assert f"- commit: {git(repository, 'rev-parse', 'HEAD').strip()}" in page
