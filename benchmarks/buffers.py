@@ -467,6 +467,7 @@ def latency_figure(frames, copies):
     axes.set(xscale="log", yscale="log", xlim=(SAMPLE_SIZES[0], SAMPLE_SIZES[-1]))
     axes.set_xticks(SAMPLE_SIZES, map(str, SAMPLE_SIZES))
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y", alpha=0.25)
     label_ends(axes, labels, fontsize=8)
     return figure
@@ -474,7 +475,8 @@ def latency_figure(frames, copies):
 
 def memory_figure(frames):
     """Bytes per transition, one bar for each buffer, the smallest on top."""
-    sized = sorted((result.get("bytes", 0), peer) for peer, result in frames)
+    sized = [(result.get("bytes", 0), peer) for peer, result in frames]
+    sized.sort(key=lambda item: item[0])
     figure, axes = empty_axes("Memory, frames of 84x84, stacks of 4", "bytes per transition", "")
     for at, (size, peer) in enumerate(sized):
         axes.barh(at, size, color=OWN if peer.own else PEER)
@@ -482,6 +484,7 @@ def memory_figure(frames):
     axes.axvline(FRAME_BYTES, color="black", linewidth=1, linestyle=":")
     axes.annotate("one frame", (FRAME_BYTES, -0.7), ha="right", va="bottom", fontsize=8)
     axes.set_yticks(range(len(sized)), [peer.title for _, peer in sized], fontsize=8)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.invert_yaxis()
     return figure
 
@@ -496,7 +499,8 @@ def capacity_figure(result):
         axes.plot(capacities, rates, color=OWN, linewidth=2, linestyle=style)
         labels.append((rates[-1], text, OWN))
     axes.set(xscale="log", yscale="log", xlim=(capacities[0], capacities[-1]))
-    axes.grid(axis="y", alpha=0.25)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     label_ends(axes, labels)
     return figure
 
