@@ -111,6 +111,9 @@ def measure_plain_copy(args):
     speed meets both.
     """
     peer = PEERS["fastreplay-out"]
+    least = (SAMPLE_SIZES[-1] * 5 + 1) * peer.num_envs
+    if args.capacity < least:
+        raise ValueError(f"--capacity must be at least {least} for plain-copy")
     buffer = filled(peer, args.capacity)
     frames = buffer.replay.state_dict()["frames"][0].view(-1)
     random = np.random.default_rng(0)
