@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -437,3 +438,21 @@ def test_a_record_of_buffers(repository):
     page = (repository / "record" / "README.md").read_text()
     assert "| torch cumsum + searchsorted |" in page and "does not run" not in page
     assert f"- commit: {git(repository, 'rev-parse', 'HEAD').strip()}" in page
+
+
+def test_the_table_of_records():
+    """Every record has a row, and those from a dirty checkout say so on top and in the table."""
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| \[(\S+)\]\(records/\1\) (\|.*)$", page, re.MULTILINE))
+    assert set(rows) == {folder.name for folder in RECORDS.iterdir()}
+    for name, row in rows.items():
+        readme, results = RECORDS / name / "README.md", RECORDS / name / "results.json"
+        text = readme.read_text()
+        recorded = re.search(r"^- commit: (\w+)(-dirty)?$", text, re.MULTILINE)
+        if not recorded:
+            assert not results.exists() and "not recorded" in row  # no measurement
+            continue
+        commit, dirty = recorded.groups()
+        assert f"| {commit} | {'dirty' if dirty else 'clean'} |" in row
+        assert text.startswith("> **Not a result:** ") == bool(dirty)
+        assert ("not a result" in row) == bool(dirty)
