@@ -13,9 +13,11 @@ machine's speed drifts. Without --record the tool prints the table and keeps not
 The word `script=NAME` chooses the file in algos/.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
-TensorBoard files. CleanRL is a checkout of github.com/vwxyzjn/cleanrl. Its scripts expect gymnasium
-0.29, so the names that 1.x changed are set back here. They run without their log of episodes, whose
-format has changed as well.
+TensorBoard files. Where they compile their update, --warm-up must be longer than that takes.
+
+CleanRL is a checkout of github.com/vwxyzjn/cleanrl. Its scripts expect gymnasium 0.29, so the names
+that 1.x changed are set back here. They run without their log of episodes, whose format has changed
+as well.
 """
 
 import argparse
@@ -285,7 +287,7 @@ def main():
     parser.add_argument("--variants", nargs="*", default=["num_envs=1", "num_envs=8"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds before the measured")
+    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds not measured")
     parser.add_argument("--seconds", type=float, default=12.0, help="seconds measured in a turn")
     parser.add_argument("--record", help="folder of the record")
     parser.add_argument("--peer", help=argparse.SUPPRESS)

@@ -320,7 +320,6 @@ def check_labels(figure):
 
 
 def test_the_learning_figure():
-    pytest.importorskip("matplotlib")
     from learning import draw
 
     steps = [100, 200, 300]
@@ -399,7 +398,6 @@ def frames_rows():
 
 def test_the_buffer_figures():
     """The project is drawn in one strong colour, every peer in grey."""
-    pytest.importorskip("matplotlib")
     from buffer_peers import PEERS
     from buffers import figures
     from figures import OWN, PEER
