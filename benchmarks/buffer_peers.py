@@ -1,9 +1,10 @@
-"""Each buffer and each tree of benchmarks/buffers.py, in the few lines its own documentation asks.
+"""The buffers and trees of benchmarks/buffers.py, each configured as its documentation says.
 
-A frame buffer has add(row), sample(n) and, if prioritized, update(batch, td_error); row is what
-Stream.step() returns, and sample() ends with obs and next_obs as torch tensors. A tree has
-prepare(indices, priorities), in the types it takes, sample(n) and update(indices, priorities).
-The peer's package is imported inside the methods: only its own environment has it.
+A frame buffer has add(row), with a row of Stream.step(); sample(n), which returns obs and next_obs
+as torch tensors and may return more; and, if prioritized, update(batch, td_error) with a batch of
+sample(). A tree has sample(n); update(indices, priorities), with what prepare(indices, priorities)
+returns, the arrays in the types that it takes; and find(targets), with what targets(n) returns.
+The peers' packages are imported in the methods, because each is installed in its own environment.
 """
 
 from importlib.metadata import version
@@ -17,11 +18,14 @@ RNG = np.random.default_rng(0)
 
 
 class Stream:
-    """Frames, as stacks and one by one, from a few hundred that are made before the clock runs."""
+    """Transitions of `num_envs` games, made of `kinds` frames each, which are drawn in advance.
+
+    Building a row costs next to nothing, so that only the buffers are timed.
+    """
 
     def __init__(self, num_envs, kinds=256):
         rng = np.random.default_rng(0)
-        # cut into 4x4 squares, so that compressing buffers have something to compress
+        # frames of 4x4 squares in one shade, so that buffers that compress can do so
         small = rng.integers(0, 256, (kinds, num_envs, 21, 21), dtype=np.uint8)
         self.frames = np.ascontiguousarray(small.repeat(4, axis=2).repeat(4, axis=3))
         self.actions = rng.integers(0, 4, (kinds, num_envs))
@@ -33,6 +37,7 @@ class Stream:
         ]
 
     def step(self):
+        """The next row, a dict of arrays; dimensions begin with num_envs."""
         self.t += 1
         k, follows = self.t % self.kinds, (self.t + 1) % self.kinds
         position = self.t % EPISODE
@@ -44,18 +49,19 @@ class Stream:
             "reward": self.rewards[k],
             "start": np.full(self.num_envs, position == 0),
             "terminated": np.full(self.num_envs, position == EPISODE - 1),
-            # of a buffer with rows for final observations: the step before the last row
+            # for buffers in which the final observation has a row of its own: the row before it
             "terminated_before": np.full(self.num_envs, position == EPISODE - 2),
         }
 
 
 class Peer:
-    kind = "frames"
+    kind = "frames"  # or "tree"
+    title = ""  # in tables and figures
     prioritized = False
-    own = False
-    num_envs = 1
-    package = ""
-    requires = ()  # what pip is asked for, in an environment of its own
+    own = False  # part of CleanQ
+    num_envs = 1  # games that add() stores at once
+    package = ""  # whose version is reported
+    requires = ()  # pip requirements, installed in an environment of its own
 
     @classmethod
     def version(cls):
@@ -86,7 +92,7 @@ class FastReplay(Peer):
 
 
 class FastReplayOut(FastReplay):
-    title = "fastreplay, into tensors that are given"
+    title = "fastreplay, reused output tensors"
 
     def __init__(self, capacity):
         super().__init__(capacity)
@@ -103,7 +109,7 @@ class FastReplayPrioritized(FastReplay):
 
 
 class CleanQNumpy(FastReplay):
-    title = "CleanQ, the scripts' NumPy class"
+    title = "CleanQ, NumPy class of the scripts"
 
     def __init__(self, capacity):
         import sys
@@ -121,10 +127,10 @@ class Cpprb(Peer):
     def __init__(self, capacity):
         import cpprb
 
-        kind = cpprb.PrioritizedReplayBuffer if self.prioritized else cpprb.ReplayBuffer
+        buffer_class = cpprb.PrioritizedReplayBuffer if self.prioritized else cpprb.ReplayBuffer
         shapes = {"obs": {"shape": (84, 84, 4), "dtype": np.ubyte}, "act": {"dtype": np.int64}}
         shapes |= {"rew": {}, "done": {}}
-        self.buffer = kind(capacity, shapes, next_of="obs", stack_compress="obs")
+        self.buffer = buffer_class(capacity, shapes, next_of="obs", stack_compress="obs")
 
     def add(self, row):
         obs, next_obs = (np.moveaxis(row[key][0], 0, 2) for key in ("obs", "next_obs"))
@@ -144,7 +150,7 @@ class Cpprb(Peer):
 
 
 class CpprbPrioritized(Cpprb):
-    title, prioritized = "cpprb, prioritized, the same", True
+    title, prioritized = "cpprb, prioritized, stack_compress + next_of", True
 
 
 class StableBaselines3(Peer):
@@ -152,7 +158,7 @@ class StableBaselines3(Peer):
     requires = ("stable-baselines3==2.9.2",)
     options: ClassVar[dict] = {"optimize_memory_usage": False}
 
-    def kind_of_buffer(self):
+    def buffer_class(self):
         from stable_baselines3.common.buffers import ReplayBuffer
 
         return ReplayBuffer
@@ -161,7 +167,7 @@ class StableBaselines3(Peer):
         from gymnasium import spaces
 
         obs_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
-        self.buffer = self.kind_of_buffer()(
+        self.buffer = self.buffer_class()(
             capacity, obs_space, spaces.Discrete(4), "cpu", n_envs=1, **self.options
         )
 
@@ -178,7 +184,7 @@ class CleanRL(StableBaselines3):
     title, package, requires = "CleanRL, optimize_memory", "", ()
     options: ClassVar[dict] = {"optimize_memory_usage": True, "handle_timeout_termination": False}
 
-    def kind_of_buffer(self):
+    def buffer_class(self):
         from cleanrl_utils.buffers import ReplayBuffer
 
         return ReplayBuffer
@@ -394,14 +400,14 @@ class Dopamine(Peer):
 
 class Tree(Peer):
     kind = "tree"
-    find = None  # or a call: the leaves under the targets that targets(n) makes
+    find = None  # for trees without a find of their own
 
     def prepare(self, indices, priorities):
         return indices, priorities
 
 
 class FastTree(Tree):
-    title, own = "fastreplay.SumTree (exact)", True
+    title, own = "fastreplay.SumTree (exact sums)", True
 
     def __init__(self, size):
         from fastreplay import SumTree

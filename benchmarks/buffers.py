@@ -1,25 +1,30 @@
-"""Replay buffers and sum-trees side by side: CleanQ's, every peer that installs, the limit.
+"""Replay buffers and sum-trees side by side: CleanQ's and every peer's that installs.
 
     python benchmarks/buffers.py --record benchmarks/records/2026-01-01_buffers
 
-Each peer runs in a process and a virtual environment of its own, which this command makes (torch
-and NumPy are taken from the environment that runs it). A peer that does not install is a row that
-says so. Every process also times a memcpy, before and after: its change is the drift. The limit, a
-plain copy of the bytes that must move, is a row too. Written into the record: results.json (all
-times, to three digits), README.md (the table), and the figures.
+Each peer runs in a process and a virtual environment of its own, which this tool creates; torch and
+NumPy come from the environment that runs the tool. A peer that does not install gets a row that
+says so. Every process times a 64 MiB memcpy before and after its measurements; their ratio, the
+drift, shows how much the machine's speed changed meanwhile. The row `plain-copy` is the time of
+copying as many bytes as a sample must copy. Without --record the tool prints the tables and keeps
+nothing. With it, the record's folder holds README.md, results.json (all times, to three digits) and
+the figures latency.png, memory.png and capacity.png.
 
-Measured, for 84x84 frames, stacks of 4, --capacity transitions:
-    add       transitions a second while the buffer fills for the second time
-    bytes     growth of the process while it fills for the first time, a transition
-    sample    (obs, next_obs) as torch tensors, microseconds
-    update    new priorities for the rows just drawn, different ones each time
-and for trees of 2^20 leaves, on one thread: 32, 256 and 4096 times
-    sample    with the drawing of random numbers
-    find      the leaves under targets that are given
-    update    new priorities
+Measured for frames of 84x84, stacks of 4, --capacity transitions:
+    add       transitions per second while the full buffer is overwritten
+    bytes     growth of the process while the buffer fills, per transition
+    sample    microseconds for (obs, next_obs) as torch tensors
+    update    microseconds to set new priorities for the rows just sampled
+and for trees of 2^20 leaves on one thread, in microseconds for 32, 256 and 4096 leaves:
+    sample    draw random targets and find their leaves
+    find      find the leaves of given targets
+    update    set new priorities
+
+`--device cuda` runs the GPU's half instead; see buffers_cuda.py.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -33,18 +38,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from buffer_peers import PEERS, Stream
-from machine import write_record
+from figures import OWN, PEER, TEXT, label_ends, pyplot
+from machine import clean_commit, commit_of, write_record
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
 FRAME_BYTES = 84 * 84
 TREE_SIZE = 2**20
 SAMPLE_SIZES = (1, 8, 32, 64, 128, 256, 512)
 TREE_SIZES = (32, 256, 4096)
+OTHERS = ("plain-copy", "capacities", "import")  # what is measured besides the peers
 
 
-def times_of(call, args, blocks=None, calls=None):
-    """Seconds of each call, in `args.repeats` blocks; the first calls are not counted."""
+def time_calls(call, args, blocks=None, calls=None):
+    """Seconds of each call, in blocks: `blocks` (default: --repeats) lists of `calls` numbers.
+
+    Without `calls`, as many as fit into --seconds. The first calls are not counted.
+    """
     for _ in range(3):
         call()
     start = time.perf_counter()
@@ -62,8 +71,8 @@ def times_of(call, args, blocks=None, calls=None):
     return times
 
 
-def mean_of_many(call, args, calls=200):
-    """For calls of a few microseconds: the mean over blocks of calls, one number a block."""
+def time_short_calls(call, args, calls=200):
+    """Seconds per call, for calls of a few microseconds: one mean over `calls` in each block."""
     for _ in range(20):
         call()
     blocks = []
@@ -76,13 +85,14 @@ def mean_of_many(call, args, calls=200):
 
 
 def resident_bytes():
+    """Memory of this process; None where /proc does not tell."""
     if not Path("/proc/self/statm").exists():
         return None
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def drift_seconds():
-    """A memcpy of 64 MiB: the machine's speed of the moment. Best of 7."""
+def memcpy_seconds():
+    """Seconds for a copy of 64 MiB, the best of 7."""
     source, target = torch.zeros(2**26, dtype=torch.uint8), torch.zeros(2**26, dtype=torch.uint8)
     best = float("inf")
     for _ in range(7):
@@ -92,11 +102,18 @@ def drift_seconds():
     return best
 
 
-def measure_limit(args):
-    """fastreplay's samples by turns with the least that any sample must do: a plain copy of the
-    stack + 1 = 5 frames of n transitions, in one piece from anywhere in a game's frames, on torch's
-    threads. Both write into the same tensors again and again."""
+def measure_plain_copy(args):
+    """fastreplay's samples, by turns with a plain copy of the same number of bytes.
+
+    A sample of n transitions copies stack + 1 = 5 frames for each. The plain copy takes 5 n frames
+    in one contiguous piece, from a random position in one game's frames, on torch's threads. Both
+    write into the same tensors at every call. Turns are short, so that a change of the machine's
+    speed meets both.
+    """
     peer = PEERS["fastreplay-out"]
+    least = (SAMPLE_SIZES[-1] * 5 + 1) * peer.num_envs
+    if args.capacity < least:
+        raise ValueError(f"--capacity must be at least {least} for plain-copy")
     buffer = filled(peer, args.capacity)
     frames = buffer.replay.state_dict()["frames"][0].view(-1)
     random = np.random.default_rng(0)
@@ -112,16 +129,16 @@ def measure_limit(args):
                 target.copy_(frames[(start := next(starts)) : start + size])
 
             blocks = {"copy": [], "sample": []}
-            for _ in range(4 * args.repeats):  # short turns: the machine's speed changes
-                blocks["copy"] += times_of(copy, args, blocks=1, calls=50)
-                blocks["sample"] += times_of(lambda n=n: buffer.sample(n), args, 1, 50)
+            for _ in range(4 * args.repeats):
+                blocks["copy"] += time_calls(copy, args, blocks=1, calls=50)
+                blocks["sample"] += time_calls(lambda n=n: buffer.sample(n), args, 1, 50)
             for what in blocks:
                 result[f"{what} {n}, {threads} threads"] = blocks[what]
     return result
 
 
 def measure_import(args):
-    """Milliseconds that fastreplay's classes take to import once torch is there."""
+    """Seconds to import fastreplay's classes after torch, each in a new process."""
     code = (
         "import time, torch; start = time.perf_counter(); "
         "from fastreplay import FrameReplay, SumTree; print(time.perf_counter() - start)"
@@ -134,6 +151,7 @@ def measure_import(args):
 
 
 def filled(peer, capacity, stream=None):
+    """A peer's buffer after `capacity` transitions."""
     stream = stream or Stream(peer.num_envs)
     buffer = peer(capacity)
     for _ in range(capacity // peer.num_envs):
@@ -142,6 +160,7 @@ def filled(peer, capacity, stream=None):
 
 
 def measure_frames(peer, args):
+    """Memory, adds, samples and priority updates of one peer's frame buffer, on two threads."""
     torch.set_num_threads(2)
     stream = Stream(peer.num_envs)
     before = resident_bytes()
@@ -160,7 +179,7 @@ def measure_frames(peer, args):
     result["add/s"] = added / seconds
     rng = np.random.default_rng(0)
     for n in SAMPLE_SIZES:
-        result[f"sample {n}"] = times_of(lambda n=n: buffer.sample(n), args)
+        result[f"sample {n}"] = time_calls(lambda n=n: buffer.sample(n), args)
         if not peer.prioritized:
             continue
         updates = []
@@ -178,6 +197,10 @@ def measure_frames(peer, args):
 
 
 def measure_tree(peer, args):
+    """Samples, finds and updates of one peer's tree, on one thread.
+
+    Every update sets other priorities: some trees skip those that do not change.
+    """
     torch.set_num_threads(1)
     tree = peer(TREE_SIZE)
     rng = np.random.default_rng(0)
@@ -185,30 +208,24 @@ def measure_tree(peer, args):
     result = {}
     for n in TREE_SIZES:
         calls = 200 if n < 4096 else 50
-        changes = [
+        changes = itertools.cycle(
             tree.prepare(rng.integers(0, TREE_SIZE, n), rng.random(n).astype(np.float32))
             for _ in range(calls)
-        ]
-        index = iter(range(10**9))
-        result[f"sample {n}"] = mean_of_many(lambda n=n: tree.sample(n), args, calls)
+        )
+        result[f"sample {n}"] = time_short_calls(lambda n=n: tree.sample(n), args, calls)
         if tree.find:
-            targets = [tree.targets(n) for _ in range(calls)]
-            index = iter(range(10**9))
-            result[f"find {n}"] = mean_of_many(
-                lambda targets=targets, index=index: tree.find(targets[next(index) % len(targets)]),
-                args,
-                calls,
+            targets = itertools.cycle([tree.targets(n) for _ in range(calls)])
+            result[f"find {n}"] = time_short_calls(
+                lambda targets=targets: tree.find(next(targets)), args, calls
             )
-        result[f"update {n}"] = mean_of_many(
-            lambda changes=changes, index=index: tree.update(*changes[next(index) % len(changes)]),
-            args,
-            calls,
+        result[f"update {n}"] = time_short_calls(
+            lambda changes=changes: tree.update(*next(changes)), args, calls
         )
     return result
 
 
 def measure_capacities(args):
-    """fastreplay alone, from 1e4 to 1e7: frames of 28x28, so that ten million fit, and trees."""
+    """fastreplay alone at each of --capacities; frames of 28x28, so that ten million fit."""
     from fastreplay import FrameReplay, SumTree
 
     result = {}
@@ -216,20 +233,22 @@ def measure_capacities(args):
         replay = FrameReplay(capacity, (28, 28), num_envs=8, prioritized=True)
         frames = np.random.default_rng(0).integers(0, 256, (8, 28, 28), dtype=np.uint8)
         row = np.zeros(8, np.int64), np.zeros(8, np.float32), np.zeros(8, bool)
-        for t in range(capacity // 8):
+        for t in range(capacity // 8):  # episodes of 500 steps
             replay.add(frames, *row, np.full(8, t % 500 == 0))
         out = replay.sample(256)
-        result[f"frames {capacity}"] = times_of(lambda r=replay, o=out: r.sample(256, out=o), args)
+        result[f"frames {capacity}"] = time_calls(
+            lambda r=replay, o=out: r.sample(256, out=o), args
+        )
         del replay, out
         tree = SumTree(capacity)
         tree.set(torch.arange(capacity), torch.rand(capacity))
-        result[f"tree {capacity}"] = mean_of_many(lambda tree=tree: tree.sample(256), args)
+        result[f"tree {capacity}"] = time_short_calls(lambda tree=tree: tree.sample(256), args)
         del tree
     return result
 
 
-def work(args):
-    """One peer, in its own process: prints a line of JSON."""
+def measure(args):
+    """Measure `args.worker` in this process and print the result as one line of JSON."""
     if args.device == "cuda":
         import buffers_cuda
 
@@ -238,22 +257,26 @@ def work(args):
     peer = PEERS.get(args.worker)
     if args.cleanrl:
         sys.path.insert(0, args.cleanrl)
-    before = drift_seconds()
-    if args.worker == "limit":
-        result = measure_limit(args)
+    before = memcpy_seconds()
+    if args.worker == "plain-copy":
+        result = measure_plain_copy(args)
     elif args.worker == "import":
         result = measure_import(args)
     elif args.worker == "capacities":
         result = measure_capacities(args)
     else:
         result = measure_tree(peer, args) if peer.kind == "tree" else measure_frames(peer, args)
-    after = drift_seconds()
+    after = memcpy_seconds()
     version = peer.version() if peer else torch.__version__
     print(json.dumps({"version": version, "memcpy 64 MiB": [before, after], "result": result}))
 
 
 def make_environment(peer, folder, source=""):
-    """A virtual environment with the peer in it, which sees this one's packages behind its own."""
+    """A virtual environment with the peer installed; returns its Python.
+
+    Packages that it lacks are taken from the environment that runs the tool. `source`: a checkout
+    to build the peer from, after its dependencies. Raises RuntimeError if pip fails.
+    """
     python = folder / "bin" / "python"
     done = folder / "installed"
     if not done.exists():
@@ -262,7 +285,7 @@ def make_environment(peer, folder, source=""):
         parents = [path for path in sys.path if path.endswith("site-packages")]
         (site / "zz_parent.pth").write_text("\n".join(parents) + "\n")
         wanted = [peer.requires]
-        if source:  # its dependencies are there by then
+        if source:
             wanted += [["--no-build-isolation", "--no-deps", "--force-reinstall", source]]
         for what in wanted:
             command = [python, "-m", "pip", "install", "--quiet", *what]
@@ -275,34 +298,34 @@ def make_environment(peer, folder, source=""):
 
 
 def run_worker(name, args):
+    """Measure one peer in its own process. Raises RuntimeError with one line if that fails."""
     peer = PEERS.get(name)
     python = sys.executable
     if peer is not None and peer.requires:
         folder = Path(args.environments) / "-".join(peer.requires).replace("=", "")
         source = args.torchrl if peer.package == "torchrl" else ""
         python = make_environment(peer, folder, source)
-    command = [python, __file__, "--worker", name, "--capacity", args.capacity]
-    command += ["--repeats", args.repeats, "--seconds", args.seconds, "--cleanrl", args.cleanrl]
-    command += ["--capacities", *args.capacities, "--device", args.device]
+    command = [python, __file__, *sys.argv[1:], "--worker", name]
     environment = os.environ | {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
     limit = 3600 if args.device == "cpu" else 90
     run = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment, timeout=limit
     )
     if run.returncode != 0:
-        lines = run.stderr.strip().splitlines() or ["ended without a word"]
+        lines = run.stderr.strip().splitlines() or ["no output"]
         errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
         raise RuntimeError(f"does not run: {(errors or lines)[-1][:120]}")
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 def microseconds(blocks):
-    """Median over all calls, and the spread of the blocks' medians."""
+    """Microseconds: median over all calls, lowest and highest median of a block."""
     medians = [float(np.median(block)) * 1e6 for block in blocks]
     return float(np.median(np.concatenate(blocks))) * 1e6, min(medians), max(medians)
 
 
 def cell(result, key):
+    """A table's cell: "median (lowest-highest)" in microseconds, or "" if not measured."""
     if key not in result:
         return ""
     middle, low, high = microseconds(result[key])
@@ -310,16 +333,35 @@ def cell(result, key):
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def table(rows):
-    """Markdown: one table for frames, one for trees."""
-    lines = ["# Replay buffers", "", "Median microseconds (lowest-highest block median).", ""]
+def report_of(rows):
+    """The record's page, in Markdown: tables of what was measured."""
+    parts = [frames_table(rows), copies_table(rows), trees_table(rows), capacities_table(rows)]
+    if "result" in rows.get("import", {}):
+        middle, low, high = (x / 1e3 for x in microseconds(rows["import"]["result"]["seconds"]))
+        parts.append(
+            f"Importing fastreplay's classes after torch: {middle:.1f} ms ({low:.1f}-{high:.1f})."
+        )
+    for name in OTHERS:
+        if "error" in rows.get(name, {}):
+            parts.append(f"{name} {rows[name]['error']}.")
+    head = ["# Replay buffers and sum-trees", "Median microseconds (lowest-highest block median)."]
+    return "\n\n".join([*head, *filter(None, parts)]) + "\n"
+
+
+def rows_of(rows, kind):
+    """[(peer, its row)] of the peers of one kind, "frames" or "tree"."""
+    return [
+        (PEERS[name], row)
+        for name, row in rows.items()
+        if getattr(PEERS.get(name), "kind", "") == kind
+    ]
+
+
+def frames_table(rows):
     columns = ["sample 32", "sample 256", "update 32", "update 256"]
-    lines += ["| buffer | version | add/s | bytes each | " + " | ".join(columns) + " | drift |"]
+    lines = ["| buffer | version | add/s | bytes each | " + " | ".join(columns) + " | drift |"]
     lines += ["|---|---|---:|---:|" + "---:|" * len(columns) + "---:|"]
-    for name, row in rows.items():
-        peer = PEERS.get(name)
-        if peer is None or peer.kind != "frames":
-            continue
+    for peer, row in rows_of(rows, "frames"):
         if "error" in row:
             lines += [f"| {peer.title} | {row['error']} |" + " |" * (len(columns) + 3)]
             continue
@@ -330,51 +372,56 @@ def table(rows):
             f"| {peer.title} | {row['version']} | {result['add/s']:.0f} | "
             f"{result.get('bytes', 0):.0f} | {' | '.join(cells)} | {after / before:.2f} |"
         ]
-    if "result" in rows.get("limit", {}):
-        result = rows["limit"]["result"]
-        lines += [
-            "",
-            "By turns in one process, microseconds, and the median ratio of the turns:",
-            "",
-        ]
-        lines += ["| batch, threads | plain copy of 5 frames each | fastreplay | ratio |"]
-        lines += ["|---|---:|---:|---:|"]
-        for threads in (1, 2):
-            for n in (32, 256):
-                key = f"{n}, {threads} threads"
-                turns = zip(result[f"sample {key}"], result[f"copy {key}"])
-                ratio = np.median([np.median(sample) / np.median(copy) for sample, copy in turns])
-                cells = [cell(result, f"{what} {key}") for what in ("copy", "sample")]
-                lines += [f"| {key} | {cells[0]} | {cells[1]} | {ratio:.2f} |"]
-    lines += ["", "## Sum-trees, 2^20 leaves, one thread", ""]
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def copies_table(rows):
+    if "result" not in rows.get("plain-copy", {}):
+        return ""
+    result = rows["plain-copy"]["result"]
+    lines = ["## Samples by turns with a plain copy of as many bytes", ""]
+    lines += ["| batch, threads | plain copy | fastreplay | median ratio of the turns |"]
+    lines += ["|---|---:|---:|---:|"]
+    for threads in (1, 2):
+        for n in (32, 256):
+            key = f"{n}, {threads} threads"
+            turns = zip(result[f"sample {key}"], result[f"copy {key}"])
+            ratio = np.median([np.median(sample) / np.median(copy) for sample, copy in turns])
+            cells = [cell(result, f"{what} {key}") for what in ("copy", "sample")]
+            lines += [f"| {key} | {cells[0]} | {cells[1]} | {ratio:.2f} |"]
+    return "\n".join(lines)
+
+
+def trees_table(rows):
     columns = [f"{what} {n}" for what in ("sample", "find", "update") for n in TREE_SIZES]
+    lines = ["## Sum-trees, 2^20 leaves, one thread", ""]
     lines += ["| tree | version | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 9]
-    for name, row in rows.items():
-        peer = PEERS.get(name)
-        if peer is None or peer.kind != "tree":
-            continue
+    for peer, row in rows_of(rows, "tree"):
         if "error" in row:
             lines += [f"| {peer.title} | {row['error']} |" + " |" * 9]
         else:
             cells = [cell(row["result"], key) for key in columns]
             lines += [f"| {peer.title} | {row['version']} | {' | '.join(cells)} |"]
-    if "result" in rows.get("capacities", {}):
-        lines += ["", "## fastreplay, batch 256, against capacity (frames of 28x28)", ""]
-        lines += ["| capacity | sample and gather | tree alone |", "|---:|---:|---:|"]
-        result = rows["capacities"]["result"]
-        for key in result:
-            if key.startswith("frames "):
-                n = key.split()[1]
-                lines += [f"| {n} | {cell(result, key)} | {cell(result, f'tree {n}')} |"]
-    if "result" in rows.get("import", {}):
-        middle, low, high = microseconds(rows["import"]["result"]["seconds"])
-        milliseconds = f"{middle / 1e3:.1f} ms ({low / 1e3:.1f}-{high / 1e3:.1f})"
-        lines += ["", f"Importing fastreplay's classes after torch: {milliseconds}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def capacities_table(rows):
+    if "result" not in rows.get("capacities", {}):
+        return ""
+    result = rows["capacities"]["result"]
+    lines = ["## fastreplay, batch 256, by capacity (frames of 28x28)", ""]
+    lines += ["| capacity | sample and gather | tree alone |", "|---:|---:|---:|"]
+    for n in capacities_of(result):
+        lines += [f"| {n} | {cell(result, f'frames {n}')} | {cell(result, f'tree {n}')} |"]
+    return "\n".join(lines)
+
+
+def capacities_of(result):
+    return [int(key.split()[1]) for key in result if key.startswith("frames ")]
 
 
 def rounded(value):
-    """Times to three significant digits: a record is read by people."""
+    """The same structure with every float rounded to three significant digits."""
     if isinstance(value, dict):
         return {key: rounded(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -382,69 +429,97 @@ def rounded(value):
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def figures(rows, record):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figures: matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    frames = {
-        name: row
-        for name, row in rows.items()
-        if "result" in row and name in PEERS and PEERS[name].kind == "frames"
-    }
+def figures(rows):
+    """{name: matplotlib figure} of what was measured: latency, memory, capacity."""
+    frames = [(peer, row["result"]) for peer, row in rows_of(rows, "frames") if "result" in row]
+    drawn = {}
     if frames:
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        for name, row in frames.items():
-            medians = [microseconds(row["result"][f"sample {n}"])[0] for n in SAMPLE_SIZES]
-            style = "-" if PEERS[name].own else "--"
-            axes.loglog(SAMPLE_SIZES, medians, style, marker=".", label=PEERS[name].title)
-        if "result" in rows.get("limit", {}):
-            copies = rows["limit"]["result"]
-            limit = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in SAMPLE_SIZES]
-            axes.loglog(SAMPLE_SIZES, limit, "k:", label="limit: plain copy, 2 threads")
-        axes.set(
-            xlabel="batch", ylabel="microseconds", title="sample (obs, next_obs), 84x84, stack 4"
-        )
-        axes.legend(fontsize="small")
-        figure.savefig(record / "latency.png", dpi=120)
-
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        sized = {PEERS[name].title: row["result"].get("bytes", 0) for name, row in frames.items()}
-        axes.barh(list(sized), list(sized.values()))
-        axes.axvline(FRAME_BYTES, color="k", linestyle=":")
-        axes.set(xlabel="bytes a transition (dotted: one frame)", xscale="log")
-        figure.savefig(record / "memory.png", dpi=120)
-
+        copies = rows.get("plain-copy", {}).get("result")
+        drawn["latency"] = latency_figure(frames, copies)
+        drawn["memory"] = memory_figure(frames)
     if "result" in rows.get("capacities", {}):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        result = rows["capacities"]["result"]
-        for kind, label in (("frames", "sample and gather, 28x28"), ("tree", "tree alone")):
-            keys = [key for key in result if key.startswith(kind)]
-            capacities = [int(key.split()[1]) for key in keys]
-            rates = [256 / microseconds(result[key])[0] for key in keys]
-            axes.loglog(capacities, rates, marker=".", label=label)
-        axes.set(
-            xlabel="capacity", ylabel="million samples a second", title="fastreplay, batch 256"
-        )
-        axes.legend()
-        figure.savefig(record / "capacity.png", dpi=120)
+        drawn["capacity"] = capacity_figure(rows["capacities"]["result"])
+    return drawn
 
 
-def on_gpu(args):
+def empty_axes(title, xlabel, ylabel, height=4.5):
+    figure, axes = pyplot().subplots(figsize=(6.4, height), dpi=150)
+    axes.set_title(title, loc="left")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def latency_figure(frames, copies):
+    """Time of a sample by batch size, on two logarithmic axes; labels at the ends of the lines."""
+    title = "Sampling (obs, next_obs), frames of 84x84, stacks of 4"
+    figure, axes = empty_axes(title, "batch size, transitions", "time of a sample, µs", 5.5)
+    labels, own_styles = [], iter(["-", "--", ":", "-."])
+    for peer, result in frames:
+        medians = [microseconds(result[f"sample {n}"])[0] for n in SAMPLE_SIZES]
+        if peer.own:
+            style = {"color": OWN, "linewidth": 2, "linestyle": next(own_styles), "zorder": 3}
+        else:
+            style = {"color": PEER, "linewidth": 1}
+        axes.plot(SAMPLE_SIZES, medians, **style)
+        labels.append((medians[-1], peer.title, OWN if peer.own else TEXT))
+    if copies:
+        medians = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in SAMPLE_SIZES]
+        axes.plot(SAMPLE_SIZES, medians, color="black", linewidth=1)
+        labels.append((medians[-1], "plain copy of as many bytes, 2 threads", "black"))
+    axes.set(xscale="log", yscale="log", xlim=(SAMPLE_SIZES[0], SAMPLE_SIZES[-1]))
+    axes.set_xticks(SAMPLE_SIZES, map(str, SAMPLE_SIZES))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y", alpha=0.25)
+    label_ends(axes, labels, fontsize=8)
+    return figure
+
+
+def memory_figure(frames):
+    """Bytes per transition, one bar for each buffer, the smallest on top."""
+    sized = [(result.get("bytes", 0), peer) for peer, result in frames]
+    sized.sort(key=lambda item: item[0])
+    figure, axes = empty_axes("Memory, frames of 84x84, stacks of 4", "bytes per transition", "")
+    for at, (size, peer) in enumerate(sized):
+        axes.barh(at, size, color=OWN if peer.own else PEER)
+        axes.annotate(f" {size:,.0f}", (size, at), va="center", fontsize=8, color=TEXT)
+    axes.axvline(FRAME_BYTES, color="black", linewidth=1, linestyle=":")
+    axes.annotate("one frame", (FRAME_BYTES, -0.7), ha="right", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(sized)), [peer.title for _, peer in sized], fontsize=8)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.invert_yaxis()
+    return figure
+
+
+def capacity_figure(result):
+    """fastreplay's rate by capacity."""
+    title = "fastreplay, batches of 256"
+    figure, axes = empty_axes(title, "capacity, transitions", "transitions sampled, millions/s", 4)
+    capacities, labels = capacities_of(result), []
+    for kind, text, style in (("frames", "frames of 28x28", "-"), ("tree", "sum-tree alone", "--")):
+        rates = [256 / microseconds(result[f"{kind} {n}"])[0] for n in capacities]
+        axes.plot(capacities, rates, color=OWN, linewidth=2, linestyle=style)
+        labels.append((rates[-1], text, OWN))
+    axes.set(xscale="log", yscale="log", xlim=(capacities[0], capacities[-1]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    label_ends(axes, labels)
+    return figure
+
+
+def measure_on_gpu(args, commit):
+    """All sides of buffers_cuda.py. The record is written again after each: time may run out."""
     import buffers_cuda
 
     if not torch.cuda.is_available():
-        sys.exit("error: --device cuda needs a GPU that torch sees; leave it out on this machine.")
+        sys.exit("error: --device cuda needs a GPU that torch can use; omit it on this machine.")
     sides = {}
     for name in args.peers or buffers_cuda.SIDES:
         print(name, flush=True)
         sides[name] = attempt(name, args)
         if args.record:
-            write_record(args.record, {"sides": sides}, buffers_cuda.table(sides))
+            write_record(args.record, {"sides": sides}, buffers_cuda.table(sides), commit)
     print(buffers_cuda.table(sides))
     missing = [name for name in buffers_cuda.OWN if "error" in sides.get(name, {})]
     if missing:
@@ -452,7 +527,7 @@ def on_gpu(args):
 
 
 def attempt(name, args):
-    """What one side's process measured, or its error."""
+    """{"result": ...} of one side's process, or {"error": one line}."""
     try:
         return run_worker(name, args)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -461,42 +536,52 @@ def attempt(name, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", help="folder for results.json, README.md and the figures")
+    parser.add_argument("--record", type=Path, help="folder of the record")
     parser.add_argument("--peers", nargs="*", default=[], help="only these (default: all)")
     parser.add_argument("--capacity", type=int, default=100_000, help="transitions")
     parser.add_argument("--capacities", nargs="*", type=int, default=[10**k for k in range(4, 8)])
     parser.add_argument("--repeats", type=int, default=5, help="blocks of each measurement")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, about")
-    parser.add_argument("--cleanrl", default="", help="a checkout of CleanRL, which is no package")
+    parser.add_argument("--cleanrl", default="", help="folder of a CleanRL checkout")
     parser.add_argument(
         "--torchrl",
         default="",
-        help="a checkout to build TorchRL from, where the wheel's extension does not load",
+        help="checkout to build TorchRL from, where its wheel does not load",
     )
     parser.add_argument(
         "--environments",
         default=str(Path(tempfile.gettempdir()) / "cleanq-bench"),
-        help="where the peers' virtual environments are kept",
+        help="folder of the peers' virtual environments",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args)
+        return measure(args)
+    commit = clean_commit() if args.record else None
     if args.device == "cuda":
-        return on_gpu(args)
-    names = args.peers or ["limit", *PEERS, "capacities", "import"]
-    unknown = set(names) - {"limit", "capacities", "import", *PEERS}
+        return measure_on_gpu(args, commit)
+    names = args.peers or ["plain-copy", *PEERS, "capacities", "import"]
+    unknown = set(names) - {*OTHERS, *PEERS}
     if unknown:
-        parser.error(f"no such peer: {', '.join(unknown)}; there are: {', '.join(PEERS)}")
+        there = ", ".join([*OTHERS, *PEERS])
+        parser.error(f"--peers: unknown: {', '.join(sorted(unknown))}; there are: {there}")
+    if args.record:
+        try:
+            pyplot()
+        except ImportError:
+            sys.exit("error: --record draws figures; run `pip install matplotlib` first.")
     rows = {}
     for name in (bar := tqdm(names)):
         bar.set_description(name)
         rows[name] = attempt(name, args)
-    print(table(rows))
+    print(report_of(rows))
     if args.record:
-        write_record(args.record, {"rows": rounded(rows)}, table(rows))
-        figures(rows, Path(args.record))
+        drawn = figures(rows)
+        results = {"cleanrl_commit": commit_of(args.cleanrl), "rows": rounded(rows)}
+        write_record(args.record, results, report_of(rows), commit)
+        for name, figure in drawn.items():
+            figure.savefig(args.record / f"{name}.png", bbox_inches="tight")
 
 
 if __name__ == "__main__":

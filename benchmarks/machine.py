@@ -1,26 +1,103 @@
-"""What a record says of the machine and the versions it was made with."""
+"""The files of a record: the commit, the command, the versions and the machine it was made with."""
 
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = "torch numpy gymnasium ale-py stable-baselines3 opencv-python-headless".split()
-GPU_PACKAGES = "torchrl tensordict jax flashbax".split()
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("algos/", "csrc/", "benchmarks/", "tests/")
+PACKAGES = "torch numpy gymnasium ale-py tensorboard stable-baselines3 opencv-python-headless"
+GPU_PACKAGES = "torchrl tensordict jax flashbax"
+
+
+def clean_commit() -> str:
+    """The full hash of the checked-out commit; exits if the files are not those of the commit.
+
+    Changed tracked files count, and untracked files under algos/, csrc/, benchmarks/ and tests/.
+    Files under benchmarks/records/ do not: they are results. Outside a git repository the
+    environment variable COMMIT must name the commit, by its full hash.
+    """
+    try:
+        top = git("rev-parse", "--show-toplevel")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        top = ""
+    if top != str(ROOT):
+        commit = os.environ.get("COMMIT", "")
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            sys.exit(
+                f"error: {ROOT} is not a git repository that git can read; set COMMIT to the full "
+                "hash (40 digits) of the commit that its files come from."
+            )
+        return commit
+    status = git(
+        "status", "--porcelain", "--untracked-files=all", "--", ".", ":(exclude)benchmarks/records"
+    )
+    files = [
+        line[3:]
+        for line in status.splitlines()
+        if not line.startswith("??") or line[3:].startswith(CODE)
+    ]
+    if files:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        sys.exit(
+            "error: a record needs a clean checkout: commit or stash first (git stash -u). "
+            f"Changed: {files[0]}{more}."
+        )
+    return git("rev-parse", "HEAD")
+
+
+def git(*words: str) -> str:
+    """What a git command prints in the repository's folder."""
+    run = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True)
+    return run.stdout.rstrip()
+
+
+def commit_of(checkout: str) -> str | None:
+    """The full hash of a peer's checkout, with -dirty if its files differ; None without one."""
+    if not checkout:
+        return None
+    words = ["git", "-C", checkout, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+
+
+def quote(words) -> str:
+    """A command as one pastes it into a shell in the repository's folder.
+
+    Paths inside the repository become relative to it. Of other absolute paths only the last part
+    is kept.
+    """
+    return shlex.join(option(word) for word in words)
+
+
+def option(word: str) -> str:
+    name, _, value = word.partition("=")
+    return f"{name}={portable(value)}" if word.startswith("--") and value else portable(word)
+
+
+def portable(word: str) -> str:
+    path = Path.cwd() / word  # an absolute `word` stays as it is
+    if word and (Path(word).is_absolute() or os.path.exists(path)):
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return word
 
 
 def describe() -> dict:
-    """Processor, memory, versions, commit and the command that is running."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
-    info = {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *words])}
-    info["python"] = platform.python_version()
-    info["system"] = platform.system()
-    info["cores"] = os.cpu_count()
+    """Date, command, commit, versions, processor, memory and GPU; exits as `clean_commit` does."""
+    info = {
+        "date": datetime.date.today().isoformat(),
+        "command": quote(["python", *sys.argv]),
+        "commit": clean_commit(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+    }
     for file, key, name in (
         ("/proc/cpuinfo", "model name", "processor"),
         ("/proc/meminfo", "MemTotal", "memory"),
@@ -29,22 +106,16 @@ def describe() -> dict:
             lines = Path(file).read_text().splitlines()
             info[name] = next((x.split(":")[1].strip() for x in lines if x.startswith(key)), None)
     info |= gpu()
-    for package in [*PACKAGES, *(GPU_PACKAGES if "gpu" in info else [])]:
+    for package in f"{PACKAGES} {GPU_PACKAGES if 'gpu' in info else ''}".split():
         try:
             info[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             info[package] = None
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    info["commit"] = commit or os.environ.get("COMMIT")  # where the sources are no repository
     return info
 
 
 def gpu() -> dict:
-    """The GPU that torch takes first, its driver and the toolkit; nothing where there is none."""
+    """Name of torch's current GPU, versions of its driver and of the toolkit; {} without a GPU."""
     try:
         import torch
     except ImportError:
@@ -53,21 +124,31 @@ def gpu() -> dict:
         return {}
     nvidia_smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     found = {"gpu": torch.cuda.get_device_name(), "torch's CUDA": torch.version.cuda}
-    for name, command in (("driver", nvidia_smi), ("nvcc", ["nvcc", "--version"])):
+    for name, words in (("driver", nvidia_smi), ("nvcc", ["nvcc", "--version"])):
         try:
-            lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+            lines = subprocess.run(words, capture_output=True, text=True).stdout.split("\n")
             found[name] = next((x for x in reversed(lines) if x.strip()), None)
         except OSError:
             found[name] = None
     return found
 
 
-def write_record(folder: str | Path, results: dict, table: str) -> None:
-    """results.json with everything, table.md with what a person reads first."""
+def write_record(folder: str | Path, results: dict, report: str, commit: str) -> None:
+    """Write results.json (everything) and README.md (`report`, then how it was made).
+
+    `commit` is `clean_commit()` from before the measurement. Exits without writing if the checkout
+    has changed since.
+    """
+    made_by = describe()
+    if made_by["commit"] != commit:
+        sys.exit(
+            f"error: the checkout went from commit {commit[:12]} to {made_by['commit'][:12]} "
+            "during the measurement: no record is written."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    machine = describe()
-    text = json.dumps({"machine": machine, **results}, separators=(",", ":"))
+    text = json.dumps({"machine": made_by, **results}, separators=(",", ":"))
     (folder / "results.json").write_text(text + "\n")
-    lines = [f"- {key}: {value}" for key, value in machine.items()]
-    (folder / "README.md").write_text(table + "\n\n" + "\n".join(lines) + "\n")
+    text = f"{report.rstrip()}\n\n## How it was made\n\n```bash\n{made_by['command']}\n```\n\n"
+    lines = [f"- {key}: {value}" for key, value in made_by.items() if value and key != "command"]
+    (folder / "README.md").write_text(text + "\n".join(lines) + "\n")

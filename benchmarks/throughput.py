@@ -1,21 +1,30 @@
-"""Agent steps per second while learning: CleanQ beside CleanRL and Stable-Baselines3, in one run.
+"""Agent steps per second while learning: CleanQ beside CleanRL and Stable-Baselines3.
 
-    python benchmarks/throughput.py --task atari --cleanrl ~/cleanrl --record benchmarks/records/...
+    python benchmarks/throughput.py --task atari --cleanrl ../cleanrl \\
+        --record benchmarks/records/2026-01-01_throughput_atari
 
-All sides play the same game with the same network, batch size, update frequency, target period and
-epsilon, on the same number of threads. They take turns, `--repeats` times, each in a process of its
-own; a memcpy before each turn shows the drift of the machine. A rate is that of the steps after
-learning has started and warmed up.
+All sides learn the same environment with the same network, batch size, update frequency, target
+period and epsilon, on the same number of CPU threads. They take turns, `--repeats` times, each turn
+in a process of its own. A turn is measured for about `--seconds`, which begin `--warm-up` seconds
+after its first step, and not before it learns. A 64 MiB memcpy before each turn shows how much the
+machine's speed drifts. Without --record the tool prints the table and keeps nothing.
 
-CleanRL is a checkout of its repository (github.com/vwxyzjn/cleanrl). Its scripts were written for
-gymnasium 0.29; on 1.x they run here unchanged under the old names of what gymnasium renamed, but
-without their log of episodes, whose form has changed too.
+`--variants` are the flags of CleanQ's turns, one string for each side: "num_envs=8 bfloat16=True".
+The word `script=NAME` chooses the file in algos/.
+
+CleanQ's scripts run through their command line; the rate comes from the times and steps of their
+TensorBoard files. Where they compile their update, --warm-up must be longer than that takes.
+
+CleanRL is a checkout of github.com/vwxyzjn/cleanrl. Its scripts expect gymnasium 0.29, so the names
+that 1.x changed are set back here. They run without their log of episodes, whose format has changed
+as well.
 """
 
 import argparse
 import json
 import os
 import runpy
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +32,9 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+import numpy as np
+from machine import ROOT, clean_commit, commit_of, write_record
+
 TASKS = {
     "atari": {
         "env_id": "BreakoutNoFrameskip-v4",
@@ -45,59 +56,136 @@ TASKS = {
     },
 }
 EPSILON = 0.01
+STARTUP_SECONDS = 120  # a turn that takes longer to make its first step is given up
+
+
+class TurnFailed(Exception):
+    """A turn that gave no rate; the message is one line that says why."""
+
+
+def flags_of(options):
+    """{"num_envs": 8, "bfloat16": "True"} -> ["--num-envs", "8", "--bfloat16"]"""
+    flags = []
+    for key, value in options.items():
+        flags += [f"--{key.replace('_', '-')}"] + ([] if str(value) == "True" else [str(value)])
+    return flags
+
+
+def last_line(text):
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no output"
+
+
+# ---- CleanQ ----------------------------------------------------------------------------------
+
+
+def time_cleanq(args, variant, folder):
+    """Steps per second of one turn: run the script, interrupt it, read its TensorBoard file."""
+    atari = args.task == "atari"
+    options = {"torch_threads": args.threads, "device": "cpu", "total_timesteps": 10**9}
+    options |= {"start_e": EPSILON, "end_e": EPSILON, "log_frequency": 100 if atari else 1_000}
+    options |= {"eval_frequency": 0, "checkpoint_frequency": 0} | TASKS[args.task]
+    options |= dict(pair.split("=") for pair in variant.split())
+    path = ROOT / "algos" / f"{options.pop('script', 'dqn_atari' if atari else 'dqn_cartpole')}.py"
+    log = Path(folder, "log.txt")
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", path, *flags_of(options)],
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while not list(Path(folder).glob("runs/*/events*")) and time.monotonic() < deadline:
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+        try:
+            process.wait(args.warm_up + args.seconds)
+        except subprocess.TimeoutExpired:  # it is to run until it is interrupted
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        else:
+            raise TurnFailed(last_line(log.read_text(errors="replace")))
+    except subprocess.TimeoutExpired:
+        raise TurnFailed("did not stop within 60 s of Ctrl-C") from None
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0:
+        raise TurnFailed(last_line(log.read_text(errors="replace")))
+    return rate_of(*read_times(folder), args.warm_up, args.seconds)
+
+
+def read_times(folder):
+    """[(seconds, agent steps)] of a run's log entries, and those of the entries with a loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = next(Path(folder).glob("runs/*"))
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    there = events.Tags()["scalars"]
+    return [
+        [(event.wall_time, event.step) for event in events.Scalars(tag)] if tag in there else []
+        for tag in ("charts/SPS", "losses/td_loss")
+    ]
+
+
+def rate_of(times, learning, warm_up, seconds):
+    """Steps per second from the first log entry with a loss, after the warm-up, to the last entry.
+
+    `times`: [(seconds, agent steps)] of all log entries; `learning`: of those with a loss.
+    """
+    counted = [(t, step) for t, step in learning if t >= times[0][0] + warm_up]
+    if not counted or times[-1][0] - counted[0][0] < seconds / 2:
+        raise TurnFailed("too little learning in the measured time; raise --warm-up or --seconds")
+    (start, first_step), (end, last_step) = counted[0], times[-1]
+    return (last_step - first_step) / (end - start)
+
+
+# ---- the peers, each in a process of its own ---------------------------------------------------
 
 
 class Clock:
-    """Times of steps; the rate is taken from `first` steps on, until enough seconds have gone."""
+    """Counts a peer's steps. Prints the rate over `seconds` after the warm-up and ends the process.
 
-    def __init__(self, first, seconds):
-        self.first, self.seconds, self.start, self.step = first, seconds, None, 0
+    The warm-up ends `warm_up` seconds after the first step, but not before `learning_starts` steps.
+    """
 
-    def tick(self, steps):
-        self.step += steps
+    def __init__(self, learning_starts, warm_up, seconds):
+        self.learning_starts, self.warm_up, self.seconds = learning_starts, warm_up, seconds
+        self.step, self.begun, self.start = 0, None, None
+
+    def tick(self):
+        self.step += 1
+        now = time.perf_counter()
+        if self.begun is None:
+            self.begun = now
         if self.start is None:
-            if self.step >= self.first:
-                self.start = (self.step, time.perf_counter())
-        elif time.perf_counter() - self.start[1] > self.seconds:
-            rate = (self.step - self.start[0]) / (time.perf_counter() - self.start[1])
+            if now >= self.begun + self.warm_up and self.step >= self.learning_starts:
+                self.start = self.step, now
+        elif now >= self.start[1] + self.seconds:
+            rate = (self.step - self.start[0]) / (now - self.start[1])
             print(json.dumps({"steps_per_second": rate}), flush=True)
-            os._exit(0)  # the sides have no common way to be stopped
+            os._exit(0)  # the peers have no common way to be stopped
 
 
-def flags(options):
-    """{"num_envs": 8, "bfloat16": "True"} -> ["--num-envs", "8", "--bfloat16"]"""
-    pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
-    return [x for flag, value in pairs for x in ((flag,) if value == "True" else (flag, value))]
-
-
-def run_cleanq(script, task, clock, options):
-    import tqdm
-
-    class Bar(tqdm.tqdm):
-        def update(self, n=1):
-            clock.tick(n)
-
-    tqdm.tqdm = Bar
-    path = HERE.parent / "algos" / f"{script}.py"
-    options = {"start_e": EPSILON, "end_e": EPSILON, "eval_frequency": 0} | task | options
-    sys.argv = [str(path), *flags(options), "--checkpoint-frequency", "0"]
-    runpy.run_path(str(path), run_name="__main__")
-
-
-def run_cleanrl(script, task, clock, folder):
+def run_cleanrl(task, clock, folder, atari):
+    """Run CleanRL's own script in this process."""
     import ale_py  # noqa: F401  (registers the games)
     import gymnasium as gym
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
     class OldSyncVectorEnv(SyncVectorEnv):
-        """gymnasium 0.29's: the new episode's observation comes at once."""
+        """As in gymnasium 0.29: a step that ends an episode returns the next one's first frame."""
 
         def __init__(self, env_fns):
             super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
 
         def step(self, actions):
             *result, infos = super().step(actions)
-            clock.tick(1)
+            clock.tick()
             if "final_obs" in infos:
                 infos["final_observation"] = infos["final_obs"]
             infos.pop("final_info", None)
@@ -107,12 +195,13 @@ def run_cleanrl(script, task, clock, folder):
     gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
     gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
     sys.path.insert(0, folder)
-    path = Path(folder) / "cleanrl" / f"{script}.py"
-    sys.argv = [str(path), *flags({"start_e": EPSILON, "end_e": EPSILON} | task)]
+    path = Path(folder) / "cleanrl" / ("dqn_atari.py" if atari else "dqn.py")
+    sys.argv = [str(path), *flags_of({"start_e": EPSILON, "end_e": EPSILON} | task)]
     runpy.run_path(str(path), run_name="__main__")
 
 
 def run_sb3(task, clock, atari):
+    """Train Stable-Baselines3's DQN in this process."""
     import ale_py  # noqa: F401  (registers the games)
     from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
@@ -121,7 +210,7 @@ def run_sb3(task, clock, atari):
 
     class Tick(BaseCallback):
         def _on_step(self):
-            clock.tick(1)
+            clock.tick()
             return True
 
     if atari:
@@ -146,32 +235,43 @@ def run_sb3(task, clock, atari):
     model.learn(10**9, callback=Tick())
 
 
-def work(args):
-    """One turn of one side, in this process."""
+def be_peer(args):
+    """One turn of a peer, in this process."""
     import torch
 
     torch.set_num_threads(args.threads)
-    task = TASKS[args.task]
-    warm_up = 400 if args.task == "atari" else 5_000
-    clock = Clock(task["learning_starts"] + warm_up, args.seconds)
-    atari = args.task == "atari"
-    side, _, variant = args.work.partition(" ")
-    if side == "CleanQ":
-        options = {"torch_threads": args.threads, "device": "cpu"}
-        options |= dict(pair.split("=") for pair in variant.split())
-        script = options.pop("script", "dqn_atari" if atari else "dqn_cartpole")
-        run_cleanq(script, task, clock, options)
-    elif side == "CleanRL":
-        run_cleanrl("dqn_atari" if atari else "dqn", task, clock, args.cleanrl)
+    task, atari = TASKS[args.task], args.task == "atari"
+    clock = Clock(task["learning_starts"], args.warm_up, args.seconds)
+    if args.peer == "CleanRL":
+        run_cleanrl(task, clock, args.cleanrl, atari)
     else:
         run_sb3(task, clock, atari)
 
 
-def drift_ms():
-    import numpy as np
+def time_peer(args, name, folder):
+    """Steps per second of one turn of a peer."""
+    command = [sys.executable, "-W", "ignore", __file__, "--peer", name, "--task", args.task]
+    command += ["--threads", args.threads, "--warm-up", args.warm_up, "--seconds", args.seconds]
+    command += ["--cleanrl", args.cleanrl or ""]
+    limit = STARTUP_SECONDS + args.warm_up + 2 * args.seconds
+    try:
+        done = subprocess.run(
+            list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        raise TurnFailed(f"took longer than {limit:.0f} s") from None
+    lines = [x for x in done.stdout.splitlines() if x.startswith('{"steps_per_second"')]
+    if not lines:
+        raise TurnFailed(last_line(done.stderr))
+    return json.loads(lines[-1])["steps_per_second"]
 
-    source = np.zeros(2**26, np.uint8)
-    times = []
+
+# ---- all sides ---------------------------------------------------------------------------------
+
+
+def memcpy_ms():
+    """Milliseconds for a copy of 64 MiB, the best of 7."""
+    source, times = np.zeros(2**26, np.uint8), []
     for _ in range(7):
         start = time.perf_counter()
         source.copy()
@@ -179,94 +279,79 @@ def drift_ms():
     return min(times) * 1e3
 
 
-def run(command, folder, limit):
-    """-> what it printed, and its errors."""
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return "", f"took longer than {limit:.0f} s"
-    return done.stdout, done.stderr
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="atari")
-    parser.add_argument("--cleanrl", help="a checkout of CleanRL; left out without one")
-    parser.add_argument("--alone", action="store_true", help="without the peers, which use the CPU")
+    parser.add_argument("--cleanrl", help="folder of a CleanRL checkout (default: no CleanRL)")
+    parser.add_argument("--alone", action="store_true", help="CleanQ only, no peers")
     parser.add_argument("--variants", nargs="*", default=["num_envs=1", "num_envs=8"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=12.0, help="measured in each turn")
-    parser.add_argument("--record", help="folder for results.json and README.md")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
+    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds not measured")
+    parser.add_argument("--seconds", type=float, default=12.0, help="seconds measured in a turn")
+    parser.add_argument("--record", help="folder of the record")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.work:
-        return work(args)
+    if args.peer:
+        return be_peer(args)
+    if args.record:
+        commit = clean_commit()
     if args.cleanrl:
         args.cleanrl = str(Path(args.cleanrl).expanduser().resolve())
     sides = [f"CleanQ {variant}".strip() for variant in args.variants]
-    sides += ["CleanRL"] if args.cleanrl else []
-    sides += [] if args.alone else ["Stable-Baselines3"]
-    rates, drift, missing = {side: [] for side in sides}, [], {}
+    if not args.alone:
+        sides += ["CleanRL"] * bool(args.cleanrl) + ["Stable-Baselines3"]
+    rates, drift, failed = {side: [] for side in sides}, [], {}
     for repeat in range(args.repeats):
         for side in sides:
-            if side in missing:
+            if side in failed:
                 continue
-            drift.append(drift_ms())
-            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--work", side]
-            command += ["--cleanrl", args.cleanrl] if args.cleanrl else []  # of any folder
-            with tempfile.TemporaryDirectory() as folder:
-                output, words = run(command, folder, limit=60 + 10 * args.seconds)
-            lines = [x for x in output.splitlines() if x.startswith('{"steps_per_second"')]
-            if not lines:
-                missing[side] = (words.strip().splitlines() or ["no output"])[-1]
-                print(f"{side}: not measured: {missing[side]}", flush=True)
-                continue
-            rates[side].append(json.loads(lines[-1])["steps_per_second"])
-            print(f"{repeat + 1}/{args.repeats} {side}: {rates[side][-1]:.0f}", flush=True)
-        report(args, rates, drift, missing)
-    print(table(args, rates, drift, missing))
-    if any(side.startswith("CleanQ") for side in missing):
-        sys.exit(1)
+            drift.append(memcpy_ms())
+            name, _, variant = side.partition(" ")
+            try:
+                with tempfile.TemporaryDirectory(prefix="cleanq-throughput-") as folder:
+                    if name == "CleanQ":
+                        rates[side].append(time_cleanq(args, variant, folder))
+                    else:
+                        rates[side].append(time_peer(args, name, folder))
+            except TurnFailed as reason:
+                failed[side] = str(reason)
+                print(f"{side}: not measured: {reason}", flush=True)
+            else:
+                print(f"{repeat + 1}/{args.repeats} {side}: {rates[side][-1]:.0f}", flush=True)
+    report = report_of(args, rates, drift, failed)
+    print(report)
+    if any(side.startswith("CleanQ") for side in failed):
+        sys.exit("error: a side of CleanQ was not measured; no record is written.")
+    if args.record:
+        results = {"steps_per_second": rates, "memcpy_ms": drift, "failed": failed}
+        results |= {"task": TASKS[args.task], "cleanrl_commit": commit_of(args.cleanrl)}
+        write_record(args.record, results, report, commit)
 
 
-def table(args, rates, drift, missing):
-    """Markdown: a row for each side."""
-    medians = {side: statistics.median(r) for side, r in rates.items() if r}
+def report_of(args, rates, drift, failed):
+    """The record's page, in Markdown: a row for each side."""
+    medians = {side: statistics.median(r) for side, r in rates.items() if side not in failed}
     peers = [middle for side, middle in medians.items() if not side.startswith("CleanQ")]
-    fastest = max(peers, default=float("nan"))
     lines = [
-        f"# Throughput while learning, {TASKS[args.task]['env_id']}, {args.threads} threads",
+        f"# Throughput while learning, {TASKS[args.task]['env_id']}",
         "",
-        "| side | agent steps/s, median | lowest | highest | to the fastest peer |",
+        f"Torch threads: {args.threads}. Turns of each side: {args.repeats} of {args.seconds:g} s.",
+        "",
+        "| side | agent steps/s, median | lowest | highest | ratio to the fastest peer |",
         "|---|---:|---:|---:|---:|",
     ]
     for side, r in rates.items():
-        if side in missing:
-            lines.append(f"| {side} | not measured: {missing[side]} | | | |")
+        if side in failed:
+            lines.append(f"| {side} | not measured: {failed[side]} | | | |")
             continue
-        row = f"| {side} | {medians[side]:.0f} | {min(r):.0f} | {max(r):.0f} "
-        lines.append(row + f"| {medians[side] / fastest:.2f} |")
-    lines += ["", f"Drift (64 MiB memcpy, ms): {min(drift):.1f} to {max(drift):.1f}"]
-    lines += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}"]
+        ratio = f"{medians[side] / max(peers):.2f}" if peers else ""
+        lines.append(f"| {side} | {medians[side]:.0f} | {min(r):.0f} | {max(r):.0f} | {ratio} |")
+    lines += ["", f"64 MiB memcpy before each turn: {min(drift):.1f} to {max(drift):.1f} ms."]
+    lines += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}."]
     if args.cleanrl:
-        lines += [f"CleanRL: commit {commit_of(args.cleanrl)}"]
+        lines += [f"CleanRL: commit {commit_of(args.cleanrl)}."]
     return "\n".join(lines)
-
-
-def report(args, rates, drift, missing):
-    if not args.record:
-        return
-    from machine import write_record
-
-    results = {"cleanrl_commit": commit_of(args.cleanrl) if args.cleanrl else None}
-    results |= {"steps_per_second": rates, "drift_ms": drift, "task": TASKS[args.task]}
-    write_record(args.record, results, table(args, rates, drift, missing))
-
-
-def commit_of(checkout):
-    git = ["git", "-C", checkout, "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

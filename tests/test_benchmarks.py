@@ -1,0 +1,456 @@
+"""The tools in benchmarks/: what a record may be made from, what it holds, and its figures."""
+
+import csv
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+# A script with the command line, the output and the TensorBoard files of those in algos/, which
+# trains in no time. Seed 13 fails.
+SCRIPT = """
+import argparse, pathlib, signal, time
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--env-id", default="CartPole-v1")
+parser.add_argument("--total-timesteps", type=int, default=300)
+args, _ = parser.parse_known_args()
+stop = []
+signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+writer = EventFileWriter(f"runs/{args.env_id}__{args.seed}")
+pathlib.Path("started").touch()
+
+
+def scalar(tag, value, step, wall_time=0.0):
+    value = Summary.Value(tag=tag, simple_value=value)
+    writer.add_event(Event(step=step, wall_time=wall_time, summary=Summary(value=[value])))
+
+
+if args.total_timesteps > 10**6:  # timed by throughput.py: 100 steps in 0.1 s, later 50
+    wall_time, step = 1000.0, 0
+    while not stop:
+        time.sleep(0.01)
+        wall_time, step = wall_time + 0.1, step + (100 if wall_time < 1001 else 50)
+        scalar("charts/SPS", 1.0, step, wall_time)
+        scalar("losses/td_loss", 1.0, step, wall_time)
+    writer.close()
+    raise SystemExit
+if args.seed == 13:
+    print("a step\\rthe next step\\nerror: thirteen")
+    raise SystemExit(3)
+for step in range(100, args.total_timesteps + 1, 100):
+    score = 0.1 * step + args.seed
+    scalar("eval/episodic_return", score, step)
+    print(f"{args.env_id}, step {step}, evaluated: {score:.1f} +- 2.0 in 100 episodes")
+writer.close()
+"""
+LEARNING = ["benchmarks/learning.py", "--script", "script"]
+NO_GIT = {key: value for key, value in os.environ.items() if not key.startswith(("GIT", "COMMIT"))}
+
+
+def run(folder, *words, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, words)],
+        cwd=cwd or folder,
+        capture_output=True,
+        text=True,
+        env=NO_GIT | environment,
+    )
+
+
+def git(folder, *words):
+    user = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    command = ["git", "-C", folder, *user, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=NO_GIT).stdout
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A repository with the tools and one script, all committed."""
+    folder = tmp_path_factory.mktemp("template") / "cleanq"
+    ignore = shutil.ignore_patterns("records", "__pycache__")
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
+    (folder / "algos").mkdir()
+    (folder / "algos" / "script.py").write_text(SCRIPT)
+    (folder / ".gitignore").write_text("__pycache__/\n")
+    git(folder.parent, "init", "-q", "cleanq")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "all")
+    return folder
+
+
+@pytest.fixture
+def repository(template, tmp_path):
+    return Path(shutil.copytree(template, tmp_path / "cleanq"))
+
+
+def edit(repository):
+    with open(repository / "algos" / "script.py", "a") as file:
+        file.write("\n")
+
+
+def add(*path):
+    def add(repository):
+        (repository.joinpath(*path)).parent.mkdir(parents=True, exist_ok=True)
+        (repository.joinpath(*path)).write_text("")
+
+    return add
+
+
+TOOLS = [
+    LEARNING,
+    ["benchmarks/throughput.py", "--task", "cartpole", "--alone", "--variants", "script=script"],
+    ["benchmarks/buffers.py", "--peers", "cumsum-tree"],
+    ["benchmarks/buffers.py", "--device", "cuda"],
+]
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda words: " ".join(words[:3]))
+def test_a_record_is_refused_before_the_measurement(repository, tool):
+    edit(repository)
+    done = run(repository, *tool, "--record", "benchmarks/records/new")
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "commit or stash first" in done.stderr and "algos/script.py" in done.stderr
+    assert not (repository / "benchmarks" / "records").exists()
+
+
+@pytest.mark.parametrize("folder", ["algos", "csrc/core", "benchmarks", "tests"])
+def test_untracked_code_is_refused(repository, folder):
+    add(folder, "new.py")(repository)
+    done = run(repository, *LEARNING, "--record", "record")
+    assert done.returncode != 0 and f"{folder}/new.py" in done.stderr
+    assert not (repository / "record").exists()
+
+
+def test_a_dirty_checkout_can_be_measured_without_a_record(repository):
+    edit(repository)
+    add("tests", "new.py")(repository)
+    before = git(repository, "status", "--porcelain")
+    done = run(repository, *LEARNING, "--seeds", 1, 2)
+    assert done.returncode == 0 and "| 2 | 300 | 32.0 +- 2.0 |" in done.stdout
+    assert git(repository, "status", "--porcelain") == before
+
+
+def test_other_untracked_files_and_records_may_be_there(repository):
+    add("notes.txt")(repository)
+    add("benchmarks", "records", "earlier", "build.log")(repository)
+    done = run(repository, *LEARNING, "--seeds", 1, "--record", "benchmarks/records/new")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("change", ["an edit", "a commit"])
+def test_a_change_during_the_measurement_leaves_no_record(repository, change):
+    """The script itself makes the change."""
+    script = repository / "algos" / "script.py"
+    code = f"\nopen({str(repository / 'algos' / 'new.py')!r}, 'w').close()\n"
+    if change == "a commit":
+        words = "git -c user.name=a -c user.email=a@b commit -qm b --allow-empty".split()
+        code = f"\nimport subprocess; subprocess.run({words}, cwd={str(repository)!r}, check=True)"
+    script.write_text(SCRIPT + code)
+    git(repository, "commit", "-aqm", "a script that changes the checkout")
+    done = run(repository, *LEARNING, "--seeds", 1, "--record", "record")
+    assert done.returncode != 0 and "| 1 | 300 |" in done.stdout  # measured, and printed
+    assert ("commit or stash" if change == "an edit" else "went from commit") in done.stderr
+    assert not (repository / "record").exists()
+
+
+def test_outside_a_repository_the_commit_is_given(repository, tmp_path):
+    shutil.rmtree(repository / ".git")
+    for given in ({}, {"COMMIT": "06ae543"}, {"COMMIT": "main"}):
+        done = run(repository, *LEARNING, "--record", "record", **given)
+        assert done.returncode != 0 and "set COMMIT" in done.stderr and done.stdout == ""
+    given = {"COMMIT": "0123456789" * 4}
+    assert run(repository, *LEARNING, "--seeds", 1, "--record", "record", **given).returncode == 0
+    machine = json.loads((repository / "record" / "results.json").read_text())["machine"]
+    assert machine["commit"] == given["COMMIT"]
+
+
+def test_a_folder_inside_another_repository_is_no_repository(repository):
+    shutil.rmtree(repository / ".git")
+    git(repository.parent, "init", "-q")
+    git(repository.parent, "add", "-A")
+    git(repository.parent, "commit", "-qm", "another project")
+    done = run(repository, *LEARNING, "--record", "record")
+    assert done.returncode != 0 and "set COMMIT" in done.stderr
+
+
+@pytest.mark.parametrize("where", [".", "benchmarks", ".."])
+def test_the_command_can_be_pasted(repository, where):
+    """It starts in the repository's folder, whatever folder the tool was started from."""
+    cwd = (repository / where).resolve()
+    tool = repository / "benchmarks" / "learning.py"
+    words = [tool if where == ".." else os.path.relpath(tool, cwd), "--script", "script"]
+    words += ["--seeds", 1, "--record", repository / "records" / "a new one"]
+    words += ["--", "--name", "it's two words", f"--data={repository.parent}/data"]
+    done = run(repository, *words, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    record = repository / "records" / "a new one"
+    expected = (
+        "python benchmarks/learning.py --script script --seeds 1 --record 'records/a new one' "
+        """-- --name 'it'"'"'s two words' --data=data"""
+    )
+    page, results = (record / "README.md").read_text(), (record / "results.json").read_text()
+    assert f"```bash\n{expected}\n```" in page
+    assert json.loads(results)["machine"]["command"] == expected
+    assert str(repository.parent) not in page + results
+
+
+def test_what_a_record_of_learning_holds(repository):
+    words = [*LEARNING, "--env-id", "Acrobot-v1", "--seeds", 5, 3, 9, "--goal", 34, "--jobs", 2]
+    done = run(repository, *words, "--record", "record", "--", "--total-timesteps", 400)
+    assert done.returncode == 0, done.stderr
+    record, commit = repository / "record", git(repository, "rev-parse", "HEAD").strip()
+    assert len(commit) == 40
+    page = (record / "README.md").read_text()
+    for line in (
+        "# script on Acrobot-v1",
+        "3 of 3 seeds reach the goal of 34 in the final evaluation.",
+        "| 5 | 400 | 45.0 +- 2.0 | step 300 | 35.0 |",
+        "| 9 | 400 | 49.0 +- 2.0 | step 300 | 39.0 |",
+        "python algos/script.py --env-id Acrobot-v1 --total-timesteps 400 --seed SEED",
+        f"- commit: {commit}",
+    ):
+        assert line in page
+    assert (record / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with open(record / "evaluations.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["step"]) for row in rows] == [
+        (seed, step) for seed in "539" for step in ("100", "200", "300", "400")
+    ]
+    assert float(rows[-1]["episodic_return"]) == 49.0
+    results = json.loads((record / "results.json").read_text())
+    assert results["machine"]["commit"] == commit and len(results["runs"]) == 3
+
+
+def test_the_goal_is_of_the_final_evaluation(repository):
+    """Seed 1 passes 21 before its end and ends below."""
+    script = repository / "algos" / "script.py"
+    script.write_text(SCRIPT.replace("+ args.seed\n", "- (step == 300 and args.seed == 1) * 20\n"))
+    done = run(repository, *LEARNING, "--seeds", 1, 2, "--goal", 20)
+    assert "1 of 2 seeds reach the goal of 20 in the final evaluation." in done.stdout
+    assert "| 1 | 300 | 10.0 +- 2.0 | step 200 | 10.0 |" in done.stdout
+    done = run(repository, *LEARNING, "--seeds", 1, "--goal", 40)
+    assert "0 of 1 seed reach" in done.stdout and "| never |  |" in done.stdout
+
+
+def test_a_run_that_fails_ends_the_tool_with_its_last_lines(repository):
+    done = run(repository, *LEARNING, "--seeds", 1, 13, 2, "--record", "record")
+    assert done.returncode != 0 and not (repository / "record").exists()
+    assert done.stderr.splitlines() == [
+        "a step",
+        "the next step",
+        "error: thirteen",
+        "error: seed 13 ended with status 3.",
+    ]
+
+
+def test_a_run_without_a_final_evaluation_is_no_result(repository):
+    script = repository / "algos" / "script.py"
+    script.write_text(SCRIPT.replace('print(f"{args.env_id}, step', 'print(f"step'))
+    done = run(repository, *LEARNING, "--seeds", 1)
+    assert done.returncode != 0 and "seed 1 ended without a final evaluation" in done.stderr
+
+
+@pytest.mark.parametrize("n", range(1, 12))
+def test_interquartile_mean(n):
+    from learning import interquartile_mean
+    from scipy.stats import trim_mean
+
+    values = np.random.default_rng(n).normal(size=(n, 3))
+    assert np.allclose(interquartile_mean(values), trim_mean(values, 0.25))
+
+
+def test_bootstrap_interval():
+    """Beside all 5^5 resamples of five seeds."""
+    from learning import bootstrap_interval, interquartile_mean
+
+    seeds = np.random.default_rng(0).normal(size=(5, 2))
+    draws = np.array(list(itertools.product(range(5), repeat=5)))  # (3125, 5)
+    means = interquartile_mean(seeds[draws], axis=1)  # (3125, 2)
+    expected = np.percentile(means, [2.5, 97.5], axis=0)
+    assert np.abs(np.array(bootstrap_interval(seeds)) - expected).max() < 0.05
+    low, high = bootstrap_interval(seeds[:, 0])
+    assert low.shape == () and low < interquartile_mean(seeds[:, 0]) < high
+    low, high = bootstrap_interval(np.full((5, 2), 7.0))
+    assert (low == 7).all() and (high == 7).all()
+
+
+def test_labels_keep_their_order_and_their_mean():
+    from figures import spread
+
+    rng = np.random.default_rng(0)
+    for n in range(1, 20):
+        heights, sizes = np.sort(rng.random(n)), rng.uniform(0.01, 0.1, n)
+        middles = np.array(spread(heights, sizes))
+        gaps = np.diff(middles) - (sizes[1:] + sizes[:-1]) / 2
+        assert (gaps > -1e-9).all()
+        # no shift of all labels is nearer to what they want
+        assert abs((middles - heights).mean()) < 1e-9
+    assert spread([0.1, 0.5, 0.9], [0.2, 0.2, 0.2]) == pytest.approx([0.1, 0.5, 0.9])
+
+
+def check_labels(figure):
+    """No legend, and labels beside the axes that do not touch each other."""
+    from matplotlib.text import Text
+
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        boxes = [Text.get_window_extent(text) for text in axes.texts]  # without its line
+        assert len(boxes) > 0
+        assert all(box.x0 > axes.get_window_extent().x1 for box in boxes)
+        boxes = sorted(boxes, key=lambda box: box.y0)
+        assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
+
+
+def test_the_learning_figure():
+    from learning import draw
+
+    steps = [100, 200, 300]
+    run = {"env_id": "CartPole-v1", "episodes": 100, "steps": steps}
+    runs = [run | {"seed": seed, "returns": [10.0, 400.0 + seed, 476.0]} for seed in range(5)]
+    figure = draw("dqn_cartpole", runs, 475.0)
+    check_labels(figure)
+    assert "steps" in figure.axes[0].get_xlabel() and "return" in figure.axes[0].get_ylabel()
+    assert any("goal: 475" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_curves_meet_at_common_steps():
+    from learning import common_curve
+
+    runs = [{"steps": [10, 20, 25], "returns": [1, 2, 3]}, {"steps": [10, 20], "returns": [4, 5]}]
+    steps, returns = common_curve(runs)
+    assert steps.tolist() == [10, 20] and returns.tolist() == [[1, 2], [4, 5]]
+
+
+def test_throughput_reads_the_scripts_log():
+    """The first 30 entries are 100 steps apart, later ones 50; each after 0.1 s."""
+    from throughput import TurnFailed, rate_of
+
+    steps = np.cumsum([100] * 30 + [50] * 40)
+    times = [(0.1 * i, step) for i, step in enumerate(steps.tolist())]
+    assert rate_of(times, times[5:], warm_up=3.0, seconds=3.9) == pytest.approx(500)
+    assert rate_of(times, times, warm_up=0.0, seconds=6.9) > 600
+    # before the 36th entry it does not learn
+    assert rate_of(times, times[35:], warm_up=0.0, seconds=3.4) == pytest.approx(500)
+    for learning, warm_up in (([], 3.0), (times, 6.0)):
+        with pytest.raises(TurnFailed, match="raise --warm-up"):
+            rate_of(times, learning, warm_up, seconds=3.0)
+
+
+def test_a_record_of_throughput(repository):
+    """The script's clock is in its log: 500 steps a second after the warm-up."""
+    words = ["--alone", "--variants", "script=script", "--repeats", 2, "--seconds", 1]
+    words = ["benchmarks/throughput.py", *words, "--warm-up", 1]
+    done = run(repository, *words, "--record", "record")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((repository / "record" / "results.json").read_text())
+    assert results["steps_per_second"] == {"CleanQ script=script": [pytest.approx(500)] * 2}
+    assert (
+        "| CleanQ script=script | 500 | 500 | 500 |"
+        in (repository / "record" / "README.md").read_text()
+    )
+
+
+def test_throughput_without_a_rate_is_no_record(repository):
+    script = repository / "algos" / "script.py"
+    script.write_text("print('error: --device must be cpu (it is cuda).')\nraise SystemExit(1)")
+    git(repository, "commit", "-aqm", "a script that fails")
+    words = ["benchmarks/throughput.py", "--alone", "--variants", "script=script"]
+    done = run(repository, *words, "--record", "record")
+    assert done.returncode != 0 and not (repository / "record").exists()
+    assert "not measured: error: --device must be cpu" in done.stdout
+
+
+def frames_rows():
+    """Made-up results of every frame buffer."""
+    from buffer_peers import PEERS
+    from buffers import SAMPLE_SIZES
+
+    rows = {"plain-copy": {"result": {}}}
+    for threads in (1, 2):
+        for n in SAMPLE_SIZES:
+            for what, seconds in (("copy", 1e-6), ("sample", 1.5e-6)):
+                key = f"{what} {n}, {threads} threads"
+                rows["plain-copy"]["result"][key] = [[seconds * n] * 3] * 5
+    for i, name in enumerate(name for name, peer in PEERS.items() if peer.kind == "frames"):
+        result = {f"sample {n}": [[2e-6 * n * 1.02**i] * 3] * 5 for n in SAMPLE_SIZES}
+        result |= {"bytes": 7000.0 + i // 2, "add/s": 1e5}
+        rows[name] = {"version": "1.0", "memcpy 64 MiB": [1.0, 1.1], "result": result}
+    return rows
+
+
+def test_the_buffer_figures():
+    """The project is drawn in one strong colour, every peer in grey."""
+    from buffer_peers import PEERS
+    from buffers import figures
+    from figures import OWN, PEER
+    from matplotlib.colors import same_color
+
+    capacities = {f"{kind} {10**k}": [[1e-6 * k]] for k in (4, 5, 6) for kind in ("frames", "tree")}
+    rows = frames_rows() | {"capacities": {"result": capacities}}
+    drawn = figures(rows)
+    assert set(drawn) == {"latency", "memory", "capacity"}
+    for name in ("latency", "capacity"):
+        check_labels(drawn[name])
+    frames = [peer for peer in PEERS.values() if peer.kind == "frames"]
+    lines = drawn["latency"].axes[0].lines
+    assert len(lines) == len(frames) + 1 == len(drawn["latency"].axes[0].texts)
+    for peer, line in zip(frames, lines):
+        assert same_color(line.get_color(), OWN if peer.own else PEER)
+    assert drawn["memory"].axes[0].get_legend() is None
+
+
+def test_the_buffer_tables():
+    from buffers import report_of
+
+    rows = frames_rows() | {"cpprb": {"error": "does not install: no such version"}}
+    rows |= {"import": {"error": "does not run: ImportError"}}
+    report = report_of(rows)
+    assert "| fastreplay |" in report and "| does not install: no such version |" in report
+    assert "| 256, 2 threads | 256 (256-256) | 384 (384-384) | 1.50 |" in report
+    assert "import does not run: ImportError" in report
+    assert "Sum-trees, 2^20" not in report and "capacity" not in report  # not measured
+
+
+def test_a_record_of_buffers(repository):
+    words = ["--peers", "cumsum-tree", "--repeats", 1, "--seconds", 0.01]
+    done = run(repository, "benchmarks/buffers.py", *words, "--record", "record")
+    assert done.returncode == 0, done.stderr
+    page = (repository / "record" / "README.md").read_text()
+    assert "| torch cumsum + searchsorted |" in page and "does not run" not in page
+    assert f"- commit: {git(repository, 'rev-parse', 'HEAD').strip()}" in page
+
+
+def test_the_table_of_records():
+    """Every record has a row, and those from a dirty checkout say so on top and in the table."""
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| \[(\S+)\]\(records/\1\) (\|.*)$", page, re.MULTILINE))
+    assert set(rows) == {folder.name for folder in RECORDS.iterdir()}
+    for name, row in rows.items():
+        readme, results = RECORDS / name / "README.md", RECORDS / name / "results.json"
+        text = readme.read_text()
+        recorded = re.search(r"^- commit: (\w+)(-dirty)?$", text, re.MULTILINE)
+        if not recorded:
+            assert not results.exists() and "not recorded" in row  # no measurement
+            continue
+        commit, dirty = recorded.groups()
+        assert f"| {commit} | {'dirty' if dirty else 'clean'} |" in row
+        assert text.startswith("> **Not a result:** ") == bool(dirty)
+        assert ("not a result" in row) == bool(dirty)
