@@ -568,7 +568,13 @@ class Run:
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
         self.stop = []  # filled by Ctrl-C, which lets the current step end; a second one exits
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, lambda *_: sys.exit(130) if self.stop else self.stop.append(True))
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, *_) -> None:
+        if self.stop:
+            sys.exit(130)
+        self.stop.append(True)
 
     def start(self, learner: dict, replay, envs) -> None:
         """Load the checkpoint, if there is one, and open the log."""
@@ -598,6 +604,8 @@ class Run:
 
     def save(self) -> bool:
         state = {name: part.state_dict() for name, part in self.learner.items()}
+        if not all(x.isfinite().all() for x in state["q_network"].values()):
+            sys.exit("error: a weight is NaN or infinite; the last checkpoint is kept.")
         if self.args.checkpoint_replay:
             state["replay"] = self.replay.state_dict()
         state |= {"envs": self.envs.state_dict(), "rng": self.rng.bit_generator.state}
@@ -790,23 +798,26 @@ def load_checkpoint(path: str, verify: bool = True) -> dict:
     except FileNotFoundError:
         sys.exit(f"error: no checkpoint at {path}; look for runs/<run>/checkpoint.pt.")
     except Exception as e:  # damaged contents raise errors of many kinds
-        reason = str(e).strip().split("\n")[0]
+        reason = f"{type(e).__name__}: {e}".split("\n")[0]
         sys.exit(f"error: {path} is not a checkpoint of this script, or is damaged ({reason}).")
 
 
-# CleanRL's flags that are called something else here, or need not be given.
+# CleanRL's flags, and what does the same here.
 CLEANRL_FLAGS = {
     "--cuda": ["--device", "auto"],
     "--no-cuda": ["--device", "cpu"],
     "--save-model": [],  # a checkpoint is always saved
-    "--torch-deterministic": [],  # always so on a CPU
+    "--no-save-model": [],
+    "--torch-deterministic": [],  # a run on a CPU always is
+    "--no-torch-deterministic": [],
 }
 
 
 def parse_args() -> RunArgs:
     """The command line. With --resume or --evaluate the defaults are the checkpoint's arguments."""
-    words = [word.replace("_", "-") if word.startswith("--") else word for word in sys.argv[1:]]
-    words = [part for word in words for part in CLEANRL_FLAGS.get(word, [word])]
+    words = []
+    for word in sys.argv[1:]:
+        words += CLEANRL_FLAGS.get(word.replace("_", "-"), [word])
     args = tyro.cli(RunArgs, args=words)
     path = args.resume or args.evaluate
     if not path:
@@ -819,9 +830,9 @@ def parse_args() -> RunArgs:
         algorithm = {field.name for field in fields(Args)}
         saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith("eval_")}
     args = tyro.cli(RunArgs, args=words, default=RunArgs(**saved))
-    if args.evaluate:
-        args.buffer_size, args.learning_starts = 1_000 * args.num_envs, 100 * args.num_envs
-        args.batch_size = 1  # nothing is stored or learned
+    if args.evaluate:  # nothing is stored or learned
+        args.buffer_size, args.learning_starts = 2_000 * args.num_envs, 2_000 * args.num_envs
+        args.batch_size, args.eval_episodes = 1, args.eval_episodes or RunArgs.eval_episodes
         return args
     fixed = ("env_id", "num_envs") + (FIXED_WITH_REPLAY if "replay" in checkpoint else ())
     for name in fixed:
@@ -852,7 +863,7 @@ def check_args(args: RunArgs) -> None:
             must(name, "positive", 0 < value < 2**63)
         elif isinstance(value, float):
             must(name, "a finite number", np.isfinite(value))
-    for rule in args.rules() if hasattr(args, "rules") else ():  # an algorithm's own
+    for rule in args.rules() if hasattr(args, "rules") else ():  # of a child: declared in Args
         must(*rule)
     must("torch_threads", "at most 1024", args.torch_threads <= 1024)
     on_gpu = args.device != "cuda" or torch.cuda.is_available()
