@@ -1,14 +1,19 @@
-"""The scripts as a person runs them: checkpoints, resume, Ctrl-C, and bad input."""
+"""The scripts as a person runs them: checkpoints, resume, Ctrl-C, logs, films, and bad input."""
 
+import dataclasses
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from conftest import ALGOS, ATARI, CARTPOLE, load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SMALL = {
     "cartpole": {
@@ -62,7 +67,36 @@ def run(name, options, cwd, **kwargs):
 
 def main_in_process(script, options, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__file__, *flags(options)])
-    script.main(*script.parse_args())
+    script.main(script.parse_args())
+
+
+def started(name, options, cwd, **kwargs):
+    """A run in the background, once it has said where it writes; -> (process, its folder)"""
+    command = [sys.executable, str(ALGOS / f"{name}.py"), *flags(options)]
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
+    process = subprocess.Popen(command, cwd=cwd, **settings)
+    line = process.stdout.readline()
+    assert "all in runs/" in line, line + process.stderr.read()
+    return process, cwd / line.strip().split(" all in ")[1]
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def checkpoint_of(folder):
+    return next(folder.glob("runs/*/checkpoint.pt"))
+
+
+def refused(name, options, monkeypatch):
+    """The line with which a script refuses its command line."""
+    with pytest.raises(SystemExit) as left:
+        main_in_process(load(name), options, monkeypatch)
+    line = left.value.code
+    assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, line
+    return line
 
 
 def same(a, b):
@@ -71,18 +105,24 @@ def same(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
-@pytest.mark.parametrize("num_envs", [1, 3])
-@pytest.mark.parametrize("buffer", ["numpy", "auto"])
-def test_resumed_run_ends_with_the_same_weights(script, buffer, num_envs, in_tmp, monkeypatch):
-    """Stopped at a checkpoint with its replay and resumed: bit for bit the unbroken run."""
-    name = script.__name__
-    if name.startswith("ddqn") and (num_envs == 3 or buffer == "numpy"):
-        pytest.skip("the loop is the parent's, byte for byte (test_family)")
+def resume_cases():
+    for name in CARTPOLE[:1]:
+        yield from ((name, {"num_envs": num_envs}) for num_envs in (1, 3))
+    for buffer in ("numpy", "auto"):
+        yield from ((ATARI[0], {"num_envs": n, "buffer": buffer}) for n in (1, 3))
+
+
+@pytest.mark.parametrize(("name", "changes"), [*resume_cases()])
+def test_resumed_run_ends_with_the_same_weights(name, changes, in_tmp, monkeypatch):
+    """Stopped at a checkpoint with its replay and resumed: bit for bit the unbroken run.
+
+    The other files share the loop and Run, piece by piece (test_family)."""
+    script = load(name)
     kept, save = [], script.save_checkpoint
 
     def save_and_keep(path, state):
@@ -92,8 +132,7 @@ def test_resumed_run_ends_with_the_same_weights(script, buffer, num_envs, in_tmp
         return True
 
     monkeypatch.setattr(script, "save_checkpoint", save_and_keep)
-    options = small(name) | {"num_envs": num_envs, "checkpoint_replay": True}
-    options["buffer"] = buffer
+    options = small(name) | changes | {"checkpoint_replay": True}
     main_in_process(script, options, monkeypatch)
     first, through = kept[0], kept[-1]
     (in_tmp / "resumed").mkdir()
@@ -109,6 +148,7 @@ def test_resumed_run_ends_with_the_same_weights(script, buffer, num_envs, in_tmp
     assert changed == len(a["q_network"]), "nothing was learned between the two checkpoints"
     assert same(a["replay"], b["replay"])
     assert a["rng"] == b["rng"] and a["envs"]["rng"] == b["envs"]["rng"]
+    assert torch.equal(a["torch_rng"], b["torch_rng"])
 
 
 def test_same_seed_same_run_and_another_seed_another(cartpole, in_tmp, monkeypatch):
@@ -120,7 +160,7 @@ def test_same_seed_same_run_and_another_seed_another(cartpole, in_tmp, monkeypat
     for seed in (1, 1, 2):
         options = small(cartpole.__name__) | {"seed": seed, "checkpoint_frequency": 0}
         main_in_process(cartpole, options, monkeypatch)
-    weight = "network.0.weight"
+    weight = "features.0.weight"
     ends = [end[weight].clone() for end in ends]
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
@@ -137,29 +177,84 @@ def test_resume_without_replay_fills_it_anew(in_tmp):
     assert len(list(in_tmp.glob("runs/*"))) == 1, "a resumed run goes on in its own folder"
 
 
-def test_evaluation_needs_no_replay(script, in_tmp, monkeypatch, capsys):
-    """A checkpoint of a machine with more memory and another replay is evaluated all the same."""
-    main_in_process(script, small(script.__name__), monkeypatch)
-    path = next(in_tmp.glob("runs/*/checkpoint.pt"))
-    state = script.load_checkpoint(str(path))
-    state["args"] |= {"buffer": "cpp", "buffer_size": 10**12}
+def test_a_checkpoint_without_its_replay_resumes_with_any_buffer(in_tmp, monkeypatch):
+    script = load("dqn_atari")
+    options = small("dqn_atari") | {"total_timesteps": 800, "eval_episodes": 0}
+    main_in_process(script, options | {"buffer": "numpy"}, monkeypatch)
+    path = checkpoint_of(in_tmp)
+    changes = {"resume": path, "buffer": "auto", "buffer_size": 800, "total_timesteps": 1000}
+    main_in_process(script, changes, monkeypatch)
+    assert script.load_checkpoint(path)["global_step"] == 1000
+
+
+@pytest.mark.parametrize("name", [CARTPOLE[0], ATARI[0]])
+def test_an_evaluation_needs_nothing_but_the_network(name, in_tmp, monkeypatch, capsys):
+    """Not the saved run's memory, replay, GPU, W&B or steps, and it may be of another machine."""
+    script = load(name)
+    options = small(name) | {"checkpoint_replay": True, "total_timesteps": 800}
+    main_in_process(script, options | {"eval_episodes": 0}, monkeypatch)
+    path = checkpoint_of(in_tmp)
+    state = script.load_checkpoint(path)
+    assert "replay" in state
+    state["args"] |= {"device": "cuda", "track": True, "buffer_size": 10**12}
+    state["args"] |= {"capture_video": True, "learning_starts": 10**9, "batch_size": 10**8}
+    state["args"] |= {"buffer": "cuda"} if "buffer" in state["args"] else {}
     assert script.save_checkpoint(in_tmp / "elsewhere.pt", state)
-    monkeypatch.setattr(script, "fastreplay", None)
+    monkeypatch.setattr(script, "VIDEO_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(script, "fastreplay", None, raising=False)
+    before = sorted(in_tmp.rglob("*"))
     capsys.readouterr()
-    main_in_process(script, {"evaluate": in_tmp / "elsewhere.pt"}, monkeypatch)
-    assert "+-" in capsys.readouterr().out
+    main_in_process(script, {"evaluate": in_tmp / "elsewhere.pt", "eval_episodes": 2}, monkeypatch)
+    assert "in 2 episodes" in capsys.readouterr().out
+    assert sorted(in_tmp.rglob("*")) == before, "an evaluation writes nothing"
+
+
+def test_evaluations_play_new_seeds_each_time_and_reproducibly(in_tmp, monkeypatch):
+    script, seeds = load("dqn_cartpole"), []
+    evaluate = script.evaluate
+
+    def evaluate_and_keep(q_network, args, device, seed, stop=()):
+        result = evaluate(q_network, args, device, seed, stop)
+        seeds.append((seed, result[0].tolist()))
+        return result
+
+    monkeypatch.setattr(script, "evaluate", evaluate_and_keep)
+    main_in_process(script, small("dqn_cartpole"), monkeypatch)
+    main_in_process(script, {"evaluate": checkpoint_of(in_tmp)}, monkeypatch)
+    main_in_process(script, {"evaluate": checkpoint_of(in_tmp), "seed": 5}, monkeypatch)
+    *during, last, again, other = seeds
+    assert len({seed for seed, _ in [*during, last, other]}) == 4, "three evaluations, and another"
+    assert again == last, "the checkpoint is that of the last evaluation"
+
+
+def test_the_final_evaluation_can_be_left_out(in_tmp):
+    result = run("dqn_cartpole", small("dqn_cartpole") | {"eval_episodes": 0}, in_tmp)
+    assert result.returncode == 0 and "evaluated" not in result.stdout + result.stderr
+
+
+def test_training_stops_at_a_return(in_tmp):
+    options = small("dqn_cartpole") | {"stop_return": 9.0, "total_timesteps": 10**8}
+    result = run("dqn_cartpole", options, in_tmp)
+    assert result.returncode == 0 and "evaluated" in result.stdout, result.stderr
+    assert "go on with" not in result.stdout
+    state = torch.load(checkpoint_of(in_tmp), weights_only=True)
+    assert len(state["recent_returns"]) == 100 and np.mean(state["recent_returns"]) >= 9
 
 
 def test_what_a_resumed_run_cannot_change(in_tmp, monkeypatch):
     script = load("dqn_cartpole")
-    main_in_process(script, small("dqn_cartpole"), monkeypatch)
-    path = next(in_tmp.glob("runs/*/checkpoint.pt"))
+    options = small("dqn_cartpole") | {"total_timesteps": 600, "eval_episodes": 1}
+    main_in_process(script, options | {"checkpoint_replay": True}, monkeypatch)
+    path = checkpoint_of(in_tmp)
     before = path.read_bytes()
-    for options in ({"num_envs": 2}, {"env_id": "Acrobot-v1"}, {"buffer_size": 5000}):
-        with pytest.raises(SystemExit, match="cannot change when a run is resumed"):
-            main_in_process(script, {"resume": path} | options, monkeypatch)
-    with pytest.raises(SystemExit, match="does not fit these arguments"):
-        main_in_process(script, {"evaluate": path, "env_id": "Acrobot-v1"}, monkeypatch)
+    fixed = ({"num_envs": 2}, {"env_id": "Acrobot-v1"}, {"buffer_size": 5000}, {"gamma": 0.5})
+    for change in fixed:
+        line = refused("dqn_cartpole", {"resume": path} | change, monkeypatch)
+        assert "cannot change in a resumed run; leave it at" in line
+    line = refused("dqn_cartpole", {"evaluate": path, "env_id": "Acrobot-v1"}, monkeypatch)
+    assert "does not fit these arguments" in line
+    line = refused("dqn_cartpole", {"evaluate": path, "resume": path}, monkeypatch)
+    assert "--resume or --evaluate" in line
     assert path.read_bytes() == before
 
 
@@ -174,33 +269,70 @@ def test_run_evaluate_and_logs(name, in_tmp):
     assert evaluated.returncode == 0, evaluated.stderr
     assert "in 3" in evaluated.stdout
     assert path.read_bytes() == before and len(list(in_tmp.glob("runs/*"))) == 1
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    tags = scalars(path.parent)
+    wanted = {"charts/SPS", "charts/epsilon", "charts/hours", "eval/episodic_return"}
+    assert wanted | {"losses/td_loss", "losses/q_values"} <= set(tags)
+    if name == "ddqn_cartpole":  # every episode, and CartPole pays 1 a step
+        assert "charts/mean_return_100" in tags
+        returns, lengths = tags["charts/episodic_return"], tags["charts/episodic_length"]
+        assert [e.value for e in returns] == [e.value for e in lengths]
+        assert 0.8 * 3000 < sum(e.value for e in lengths) <= 3000
+        assert all(np.diff([e.step for e in returns]) > 0)
 
-    events = EventAccumulator(str(path.parent))
-    events.Reload()
-    wanted = {"charts/SPS", "charts/epsilon", "eval/episodic_return", "losses/td_loss"}
-    assert wanted <= set(events.Tags()["scalars"])
 
-
-@pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_atari"])
-def test_ctrl_c_saves_and_prints_the_command_that_goes_on(name, in_tmp):
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("dqn_atari", signal.SIGINT),
+        ("dqn_cartpole", signal.SIGTERM),
+        ("dqn_cartpole", signal.SIGHUP),
+    ],
+)
+def test_a_signal_saves_and_prints_the_command_that_goes_on(name, number, in_tmp):
     options = small(name) | {"total_timesteps": 10**8, "checkpoint_frequency": 0}
-    command = [sys.executable, str(ALGOS / f"{name}.py"), *flags(options)]
-    process = subprocess.Popen(
-        command, cwd=in_tmp, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    line = process.stdout.readline()
-    assert "replay, all in" in line
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    go_on = next(line for line in rest.splitlines() if line.startswith("go on with: "))
-    path = in_tmp / go_on.split()[-1]
-    step = torch.load(path, weights_only=True)["global_step"]
+    process, folder = started(name, options | {"exp_name": "it's mine"}, in_tmp)
+    while not process.poll() and not list(folder.glob("events*")):
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors
+    line = next(line for line in rest.splitlines() if line.startswith("go on with: python "))
+    command = [sys.executable, *shlex.split(line)[4:]]
+    assert "it's mine" in command[-1], "quoted"
+    step = torch.load(in_tmp / command[-1], weights_only=True)["global_step"]
     assert step > 0
-    resumed = run(name, {"resume": path, "total_timesteps": step + 50}, in_tmp)
+    command += ["--total-timesteps", str(step + 50)]
+    resumed = subprocess.run(command, cwd=in_tmp, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_hangup_that_nohup_ignores_stops_nothing(in_tmp):
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    options = small("dqn_cartpole") | {"total_timesteps": 10**8}
+    process, _ = started("dqn_cartpole", options, in_tmp, preexec_fn=ignore)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_ctrl_c_ends_an_evaluation_with_one_line(in_tmp):
+    options = small("dqn_cartpole") | {"total_timesteps": 400, "eval_episodes": 1}
+    assert run("dqn_cartpole", options, in_tmp).returncode == 0
+    command = [sys.executable, str(ALGOS / "dqn_cartpole.py"), "--evaluate"]
+    command += [str(checkpoint_of(in_tmp)), "--eval-episodes", "1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors
+    assert "evaluation stopped after" in out
 
 
 def test_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(in_tmp):
@@ -239,14 +371,36 @@ def test_the_first_line_says_what_runs_and_where(in_tmp):
 
 
 @pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_atari"])
-def test_video(name, in_tmp):
-    for package in load(name).VIDEO_PACKAGES:
+def test_every_evaluation_is_filmed(name, in_tmp, monkeypatch, capsys):
+    script = load(name)
+    for package in script.VIDEO_PACKAGES:
         pytest.importorskip(package)
-    options = small(name) | {"capture_video": True, "total_timesteps": 800}
-    result = run(name, options, in_tmp)
-    assert result.returncode == 0, result.stderr
-    assert all(film.stat().st_size > 1000 for film in in_tmp.glob("runs/*/videos/*.mp4"))
-    assert list(in_tmp.glob("runs/*/videos/*.mp4"))
+    options = small(name) | {"capture_video": True, "total_timesteps": 1600, "eval_episodes": 1}
+    options |= {"eval_frequency": 800, "learning_starts": 700, "eval_e": 1.0}
+    main_in_process(script, options, monkeypatch)
+    folder = checkpoint_of(in_tmp).parent / "videos"
+    assert sorted(film.name for film in folder.iterdir()) == ["step-1600.mp4", "step-800.mp4"]
+    main_in_process(script, {"evaluate": checkpoint_of(in_tmp), "capture_video": True}, monkeypatch)
+    films = sorted(film.name for film in folder.iterdir())
+    assert films == ["step-1600-again.mp4", "step-1600.mp4", "step-800.mp4"]
+    assert all((folder / film).stat().st_size > 1000 for film in films)
+
+
+def test_a_film_shows_one_episode():
+    """As many pictures as observations, and the last one is the final observation's."""
+    pytest.importorskip("pygame")
+    script, seed = load("dqn_cartpole"), (1, 7)
+    args = script.RunArgs(eval_episodes=3, eval_e=1.0)
+    torch.manual_seed(1)
+    network = script.QNetwork(4, 2)
+    returns, actions = script.evaluate(network, args, torch.device("cpu"), seed)
+    pictures, _ = script.film(args, seed, actions)
+    envs = script.make_envs(args.env_id, 1, seed, render_mode="rgb_array")
+    envs.reset()
+    for action in actions:
+        _, _, terminations, _, _ = envs.step(np.array([action]))
+    assert terminations[0] and len(pictures) == len(actions) + 1 == returns[0] + 1
+    assert np.array_equal(pictures[-1], envs.envs[0].render())
 
 
 BAD = [
@@ -265,11 +419,14 @@ BAD = [
     ({"seed": -1}, "--seed must be 0 or more"),
     ({"learning_starts": 2_000_000}, "--learning-starts must be at most"),
     ({"buffer_size": 10**12}, "--buffer-size must be at most"),
-    ({"buffer_size": 10}, "--learning-starts must be at most"),
+    ({"buffer_size": 1}, "--buffer-size must be at least"),
+    ({"buffer_size": 800}, "--learning-starts must be at most 800"),
+    ({"v_min": 1}, "--v-min"),
+    ({"log_frequency": 0}, "--log-frequency must be positive"),
+    ({"exploration_fraction": 1.5}, "--exploration-fraction must be between 0 and 1"),
     ({"batch_size": 2**40}, "--batch-size must be at most"),
     ({"torch_threads": 2**40}, "--torch-threads must be at most"),
     ({"device": "cuda"}, "--device must be"),
-    ({"buffer": "cuda"}, "--buffer must be built first"),
     ({"device": "tpu"}, "--device"),
     ({"loss": "l1"}, "--loss"),
     ({"no_such_flag": 1}, "--no-such-flag"),
@@ -281,8 +438,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
 @pytest.mark.parametrize("name", [CARTPOLE[0], ATARI[0]])
 def test_bad_input_is_refused(name, options, message, in_tmp, monkeypatch, capsys):
-    if "cuda" in options.values() and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as left:
         main_in_process(load(name), options, monkeypatch)
     printed = capsys.readouterr()
@@ -303,35 +459,166 @@ def test_wrong_kind_of_environment_names_the_right_file(in_tmp):
     assert pixels.returncode != 0 and "dqn_atari.py" in pixels.stderr
 
 
-def test_damaged_and_foreign_checkpoints_are_refused(in_tmp, monkeypatch):
+ATARI_LIMITS = [
+    ({"buffer": "cuda"}, "--buffer must be built first"),
+    ({"n_step": 1001}, "--n-step must be at most 1000"),
+    ({"n_step": 0}, "--n-step must be positive"),
+    ({"buffer_size": 140_000_000}, "--buffer-size must be at most"),
+    ({"buffer_size": 103}, "--buffer-size must be at least 104"),
+    ({"learning_starts": 15}, "--learning-starts must be at least 16"),
+    ({"env_id": "Breakout-v4"}, "--env-id Breakout-v4 skips a random number of frames"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), ATARI_LIMITS, ids=[str(options) for options, _ in ATARI_LIMITS]
+)
+def test_limits_of_the_replay_and_the_games(options, message, in_tmp, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert message in refused("dqn_atari", options, monkeypatch)
+    assert not (in_tmp / "runs").exists()
+
+
+def test_limits_hold_where_memory_is_ample(in_tmp, monkeypatch):
+    monkeypatch.setattr(load("dqn_atari"), "free_memory", lambda: 2**50)
+    line = refused("dqn_atari", {"buffer_size": 140_000_000}, monkeypatch)
+    assert f"at most {2**27}" in line
+
+
+def test_the_least_that_is_accepted_runs(in_tmp, monkeypatch):
+    """The smallest replay and the earliest start can always be drawn from."""
+    script = load("dqn_atari")
+    options = {"buffer_size": 104, "learning_starts": 16, "total_timesteps": 1200}
+    options |= {"eval_episodes": 0, "train_frequency": 40, "torch_threads": 1}
+    main_in_process(script, options | {"env_id": "PongNoFrameskip-v4"}, monkeypatch)
     script = load("dqn_cartpole")
-    main_in_process(script, small("dqn_cartpole"), monkeypatch)
-    path = next(in_tmp.glob("runs/*/checkpoint.pt"))
-    whole = path.read_bytes()
-    other = load("ddqn_cartpole")
-    with pytest.raises(SystemExit, match=r"written by dqn_cartpole\.py"):
-        other.load_checkpoint(str(path))
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 0xFF
-    damaged = {
-        "cut": whole[: len(whole) // 2],
-        "empty": b"",
-        "text": b"hello",
-        "flipped": bytes(flipped),
-    }
-    for name, content in damaged.items():
-        bad = in_tmp / f"{name}.pt"
-        bad.write_bytes(content)
-        if name == "flipped":  # a flipped bit may fall into padding or into a number: never a crash
-            continue
-        with pytest.raises(SystemExit, match="no whole checkpoint"):
-            script.load_checkpoint(str(bad))
+    options = {"buffer_size": 4, "learning_starts": 1, "total_timesteps": 400, "batch_size": 4}
+    main_in_process(script, options | {"eval_episodes": 0}, monkeypatch)
+
+
+CLEANRL = [
+    (["--no-cuda"], {"device": "cpu"}),
+    (["--no_cuda", "--save_model"], {"device": "cpu"}),
+    (["--cuda", "--torch-deterministic"], {"device": "auto"}),
+    (["--no-torch-deterministic", "--no-save-model"], {}),
+    (["--exploration-fraction", "0"], {"exploration_fraction": 0.0}),
+    (["--learning-starts", "10000", "--buffer-size", "10000"], {"buffer_size": 10000}),
+    (["--wandb_entity=a_b", "--num_envs", "1"], {"wandb_entity": "a_b", "num_envs": 1}),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), CLEANRL, ids=[" ".join(w) for w, _ in CLEANRL])
+def test_cleanrls_commands(words, expected, monkeypatch):
+    script = load("dqn_cartpole")
+    monkeypatch.setattr(sys, "argv", ["dqn_cartpole.py", *words])
+    args = script.parse_args()
+    script.check_args(args)
+    assert expected.items() <= dataclasses.asdict(args).items()
+
+
+def test_an_algorithms_own_arguments(monkeypatch):
+    """A child's arguments may be negative or zero; its rules stand in its Args."""
+    script = load("dqn_cartpole")
+
+    @dataclasses.dataclass
+    class OwnArgs(script.RunArgs):
+        v_min: float = -10.0
+        v_max: float = 0.0
+
+        def rules(self):
+            return [("v_max", "above --v-min", self.v_min < self.v_max)]
+
+    script.check_args(OwnArgs())
+    with pytest.raises(SystemExit, match=r"--v-max must be above --v-min \(it is -11\)"):
+        script.check_args(OwnArgs(v_max=-11))
+    with pytest.raises(SystemExit, match="--v-min must be a finite number"):
+        script.check_args(OwnArgs(v_min=float("nan")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint with its replay, of each kind of script."""
+    states = {}
+    for name in (CARTPOLE[0], ATARI[0]):
+        folder = tmp_path_factory.mktemp(name)
+        options = small(name) | {"checkpoint_replay": True, "eval_episodes": 0}
+        result = run(name, options | {"total_timesteps": 600}, folder)
+        assert result.returncode == 0, result.stderr
+        states[name] = checkpoint_of(folder)
+    return states
+
+
+def damaged(state, key, value):
+    for part in key.split(".")[:-1]:
+        state = state[part]
+    state[key.split(".")[-1]] = value
+
+
+DAMAGE = {
+    "q_network": {},
+    "optimizer": {"state": 3},
+    "rng": {"bit_generator": "PCG64"},
+    "rng.state": "nonsense",
+    "torch_rng": torch.zeros(3),
+    "envs": {},
+    "envs.rng": None,
+    "envs.seeds": "1",
+    "replay": [1, 2, 3],
+    "global_step": "many",
+    "recent_returns": None,
+    "seconds": None,
+    "args": {"gamma": 1},
+    "args.gamma": "0.99",
+    "args.num_envs": 2.5,
+}
+
+
+@pytest.mark.parametrize("name", [CARTPOLE[0], ATARI[0]])
+@pytest.mark.parametrize(("key", "value"), DAMAGE.items(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_one_line(name, key, value, whole, in_tmp, monkeypatch):
+    state = torch.load(whole[name], weights_only=True)
+    damaged(state, key, value)
+    torch.save(state, in_tmp / "bad.pt")
+    line = refused(name, {"resume": in_tmp / "bad.pt"}, monkeypatch)
+    assert "damaged" in line or "does not fit these arguments" in line
+    assert [path.name for path in in_tmp.iterdir()] == ["bad.pt"]
+
+
+@pytest.mark.parametrize("head", [-1, 10**6, "3"])
+def test_a_replay_with_a_damaged_head_is_one_line(head, whole, in_tmp, monkeypatch):
+    for name in (CARTPOLE[0], ATARI[0]):
+        state = torch.load(whole[name], weights_only=True)
+        if name == CARTPOLE[0]:
+            state["replay"] = (head, *state["replay"][1:])
+        else:
+            state["replay"]["head"] = head
+        torch.save(state, in_tmp / "bad.pt")
+        line = refused(name, {"resume": in_tmp / "bad.pt"}, monkeypatch)
+        assert "does not fit these arguments" in line
+
+
+def test_damaged_and_foreign_files_are_refused(whole, in_tmp, monkeypatch):
+    script, path = load("dqn_cartpole"), whole["dqn_cartpole"]
+    content = path.read_bytes()
+    line = refused("ddqn_cartpole", {"resume": path}, monkeypatch)
+    assert "written by dqn_cartpole.py" in line
+    # a flipped bit in the middle of the first weights: torch alone would load it
+    weight = torch.load(path, weights_only=True)["q_network"]["features.2.weight"]
+    at = content.index(weight.numpy().tobytes()[:64])
+    flipped = bytearray(content)
+    flipped[at + 5] ^= 0x10
+    bad = {"cut.pt": content[: len(content) // 2], "empty.pt": b"", "text.pt": b"hello"}
+    bad["flipped.pt"] = bytes(flipped)
+    for file, damage in bad.items():
+        (in_tmp / file).write_bytes(damage)
+    torch.load(in_tmp / "flipped.pt", weights_only=True, mmap=True)
     torch.save({"weights": torch.zeros(3)}, in_tmp / "foreign.pt")
-    with pytest.raises(SystemExit, match="no whole checkpoint of this script"):
-        script.load_checkpoint(str(in_tmp / "foreign.pt"))
     torch.save(script.QNetwork(4, 2), in_tmp / "code.pt")  # would run code when loaded
-    with pytest.raises(SystemExit, match="no whole checkpoint"):
-        script.load_checkpoint(str(in_tmp / "code.pt"))
+    (in_tmp / "folder.pt").mkdir()
+    for file in (*bad, "foreign.pt", "code.pt", "folder.pt"):
+        for flag in ("resume", "evaluate"):
+            line = refused("dqn_cartpole", {flag: in_tmp / file}, monkeypatch)
+            assert f"{file} is not a checkpoint of this script, or is damaged" in line
 
 
 def test_a_folder_that_cannot_be_written(in_tmp):
@@ -343,12 +630,167 @@ def test_a_folder_that_cannot_be_written(in_tmp):
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(script, in_tmp, capsys):
     path = in_tmp / "checkpoint.pt"
+    path.with_suffix(".partial").mkdir()  # no file can be opened there
+    assert not script.save_checkpoint(path, {"a": torch.zeros(3)})
+    told = capsys.readouterr().err
+    assert "checkpoint.pt not written (is a directory)\n" in told, "there is none to keep"
+    path.with_suffix(".partial").rmdir()
     assert script.save_checkpoint(path, {"a": torch.zeros(3)})
     before = path.read_bytes()
-    path.with_suffix(".partial").mkdir()  # no file can be opened there
+    path.with_suffix(".partial").mkdir()
     assert not script.save_checkpoint(path, {"a": torch.ones(3)})
-    assert "not written" in capsys.readouterr().err
+    assert "the one before it is kept" in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk(in_tmp):
+    """No file may grow beyond 20 kB: the log fails first, later the checkpoint. Both are told."""
+    options = small("dqn_cartpole") | {"log_frequency": 1, "eval_frequency": 0}
+    script = str(ALGOS / "dqn_cartpole.py")
+    command = [sys.executable, "-c", LIMITED, "20000", script, *flags(options)]
+    result = subprocess.run(command, cwd=in_tmp, capture_output=True, text=True)
+    told = result.stdout + result.stderr
+    assert "Traceback" not in told
+    assert told.count("error: no more logs in runs/") == 1 and "training goes on" in told
+    assert "checkpoint.pt not written (file too large)\n" in told
+    assert result.returncode == 1 and "evaluated" in told
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+def test_closed_outputs_stop_nothing(closed, in_tmp):
+    """Closed from the start, as by `>&-`."""
+    redirect = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-"}[closed]
+    command = [sys.executable, str(ALGOS / "dqn_cartpole.py"), *flags(small("dqn_cartpole"))]
+    shell = f"{shlex.join(command)} {redirect}"
+    result = subprocess.run(shell, shell=True, cwd=in_tmp, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert torch.load(checkpoint_of(in_tmp), weights_only=True)["global_step"] == 3000
+
+
+@pytest.mark.parametrize("full", ["stdout", "stderr", "both"])
+def test_full_outputs_stop_nothing(full, in_tmp):
+    command = [sys.executable, str(ALGOS / "dqn_cartpole.py"), *flags(small("dqn_cartpole"))]
+    with open("/dev/full", "w") as nowhere:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        streams |= {name: nowhere for name in streams if full in (name, "both")}
+        result = subprocess.run(command, cwd=in_tmp, text=True, **streams)
+    assert result.returncode == 0 and "Traceback" not in (result.stderr or "")
+    assert torch.load(checkpoint_of(in_tmp), weights_only=True)["global_step"] == 3000
+
+
+def test_a_reader_that_leaves_stops_nothing(in_tmp):
+    """As `| head -1` does."""
+    process, folder = started("dqn_cartpole", small("dqn_cartpole"), in_tmp)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == 3000
+
+
+class Odd(gym.Env):
+    """An environment that pays what it is told: a counter as observation."""
+
+    def __init__(self, space=None, actions=None, ends=20, value=1.0, limit=None):
+        box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.observation_space = box if space is None else space
+        self.action_space = gym.spaces.Discrete(3) if actions is None else actions
+        self.ends, self.value, self.taken = ends, value, []
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.int64(action))
+        self.t += 1
+        bad = np.float32(self.value if self.t == 5 else 0)
+        return np.array([self.t, bad], np.float32), 1.0, self.t == self.ends, False, {}
+
+
+@pytest.fixture
+def odd():
+    """Registers an Odd environment with these arguments."""
+
+    def register(**kwargs):
+        gym.register("Odd-v0", entry_point=lambda **options: Odd(**kwargs), order_enforce=False)
+        return {"env_id": "Odd-v0"}
+
+    yield register
+    gym.registry.pop("Odd-v0", None)
+
+
+def test_actions_that_do_not_start_at_zero(odd, in_tmp, monkeypatch):
+    options = small("dqn_cartpole") | odd(actions=gym.spaces.Discrete(3, start=-1))
+    main_in_process(load("dqn_cartpole"), options | {"checkpoint_replay": True}, monkeypatch)
+    state = torch.load(checkpoint_of(in_tmp), weights_only=True)
+    assert set(state["replay"][2][1].tolist()) == {0, 1, 2}, "the network's own numbers"
+    path = checkpoint_of(in_tmp)
+    main_in_process(load("dqn_cartpole"), {"resume": path, "total_timesteps": 3100}, monkeypatch)
+
+
+WRONG_SPACES = {
+    "MultiDiscrete actions": {"actions": gym.spaces.MultiDiscrete([2, 2])},
+    "Box actions": {"actions": gym.spaces.Box(-1, 1, (1,))},
+    "a vector of numbers": {"space": gym.spaces.Box(0, 1, (0,))},
+    "it observes Discrete": {"space": gym.spaces.Discrete(4)},
+    "it observes Box(0.0, 1.0, (2, 2)": {"space": gym.spaces.Box(0, 1, (2, 2))},
+}
+
+
+@pytest.mark.parametrize(("message", "spaces"), WRONG_SPACES.items(), ids=WRONG_SPACES)
+def test_environments_of_the_wrong_kind(message, spaces, odd, in_tmp, monkeypatch):
+    line = refused("dqn_cartpole", odd(**spaces), monkeypatch)
+    assert message in line and "dqn_atari.py" in line
+    assert not (in_tmp / "runs").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_observations_that_are_not_finite_stop_the_run(value, odd, in_tmp, monkeypatch):
+    options = small("dqn_cartpole") | odd(value=value)
+    line = refused("dqn_cartpole", options, monkeypatch)
+    assert "Odd-v0 returned NaN or infinity; the last checkpoint is kept" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(in_tmp, monkeypatch):
+    script = load("dqn_cartpole")
+    saved = []
+
+    def keep(path, state):
+        finite = all(x.isfinite().all() for x in state["q_network"].values())
+        saved.append((state["global_step"], finite))
+        return True
+
+    monkeypatch.setattr(script, "save_checkpoint", keep)
+    td_loss, calls = script.td_loss, iter(range(10**6))
+
+    def failing(*args):
+        loss, td_error, q_taken = td_loss(*args)
+        return loss * (np.nan if next(calls) == 150 else 1.0), td_error, q_taken
+
+    monkeypatch.setattr(script, "td_loss", failing)
+    options = small("dqn_cartpole") | {"checkpoint_frequency": 500}
+    line = refused("dqn_cartpole", options, monkeypatch)
+    assert "the last checkpoint is kept" in line
+    assert saved == [(500, True), (1000, True), (1500, True)]
+
+
+def test_an_environment_without_an_end_is_evaluated(odd, in_tmp, monkeypatch, capsys):
+    options = small("dqn_cartpole") | odd(ends=-1) | {"eval_max_steps": 50, "eval_episodes": 3}
+    main_in_process(load("dqn_cartpole"), options | {"total_timesteps": 500}, monkeypatch)
+    told = capsys.readouterr().out
+    assert "3 of these episodes were cut at --eval-max-steps 50" in told
+    assert "evaluated: 50.0 +- 0.0 in 3 episodes" in told
 
 
 def test_other_environments_with_vectors(in_tmp):
