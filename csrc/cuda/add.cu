@@ -17,31 +17,17 @@
 // Cost: one copy of the frame, and one lane per refreshed row, each with O(n_step + stack) reads of
 // flags.
 #include "core/window.h"
+#include "cuda/column.cuh"
 #include "cuda/copy.cuh"
 #include "cuda/device_ring.h"
 #include "cuda/grid.cuh"
 #include "cuda/leaf.cuh"
+#include "cuda/reference.h"
 
 namespace fastreplay {
 namespace {
 
 constexpr int kThreads = 256;
-
-// Element i of a column, converted to T.
-template <typename T>
-__device__ T element_of(const Column& column, int64_t i) {
-  const int64_t at = i * column.stride;
-  switch (column.type) {
-    case Column::kInt32:
-      return static_cast<T>(static_cast<const int32_t*>(column.data)[at]);
-    case Column::kInt64:
-      return static_cast<T>(static_cast<const int64_t*>(column.data)[at]);
-    case Column::kFloat32:
-      return static_cast<T>(static_cast<const float*>(column.data)[at]);
-    default:
-      return static_cast<T>(static_cast<const double*>(column.data)[at]);
-  }
-}
 
 // The slot `steps` steps before `slot`.
 __device__ int64_t earlier(int64_t slot, int64_t steps, int64_t rows) {
@@ -129,6 +115,7 @@ __global__ void add_kernel(const __grid_constant__ DeviceRing ring,
 
 void launch_add(const DeviceRing& ring, const DeviceTree& tree, const Row& row,
                 cudaStream_t stream) {
+  if (uses_reference()) return reference::launch_add(ring, tree, row, stream);
   const int threads = threads_for(ring.layout.frame_bytes / 16, kThreads);
   launch(add_kernel, blocks_for(ring.layout.num_envs, 1), threads, stream, ring, tree, row);
 }

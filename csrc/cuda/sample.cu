@@ -18,6 +18,7 @@
 #include "cuda/device_ring.h"
 #include "cuda/grid.cuh"
 #include "cuda/plan.cuh"
+#include "cuda/reference.h"
 #include "cuda/weights.cuh"
 
 namespace fastreplay {
@@ -123,6 +124,7 @@ __global__ void drawable_kernel(const __grid_constant__ DeviceRing ring, const i
 
 void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJob& job,
                    cudaStream_t stream) {
+  if (uses_reference()) return reference::launch_sample(ring, tree, job, stream);
   const int64_t n = job.n < 1 ? 1 : job.n;
   const int64_t bytes = 2 * ring.layout.stack * ring.layout.frame_bytes;
   const int64_t stores = job.gather ? bytes * expansion(job.format.output) / 16 : 0;

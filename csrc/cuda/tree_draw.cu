@@ -6,6 +6,7 @@
 #include "cuda/descent.cuh"
 #include "cuda/device_tree.h"
 #include "cuda/grid.cuh"
+#include "cuda/reference.h"
 
 namespace fastreplay {
 namespace {
@@ -73,13 +74,18 @@ __global__ void weights_kernel(const __grid_constant__ DeviceTree tree, Counters
 
 void launch_draw(const DeviceTree& tree, Counters* counters, uint64_t seed, bool stratified,
                  int64_t n, int64_t* out, cudaStream_t stream) {
+  if (uses_reference()) {
+    return reference::launch_draw(tree, counters, seed, stratified, n, out, stream);
+  }
   launch(draw_kernel, blocks_for(n, 1), 32, stream, tree, counters, seed, Strata(stratified, n), n,
          out);
 }
 
 void launch_find(const DeviceTree& tree, Counters* counters, const int64_t* targets, int64_t n,
                  int64_t* out, cudaStream_t stream) {
-  if (n > 0) launch(find_kernel, blocks_for(n, 1), 32, stream, tree, counters, targets, out);
+  if (n == 0) return;
+  if (uses_reference()) return reference::launch_find(tree, counters, targets, n, out, stream);
+  launch(find_kernel, blocks_for(n, 1), 32, stream, tree, counters, targets, out);
 }
 
 void launch_weights(const DeviceTree& tree, Counters* counters, const int64_t* indices, int64_t n,

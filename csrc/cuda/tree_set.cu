@@ -13,6 +13,7 @@
 #include "cuda/device_tree.h"
 #include "cuda/grid.cuh"
 #include "cuda/leaf.cuh"
+#include "cuda/reference.h"
 
 namespace fastreplay {
 namespace {
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 void launch_set(const DeviceTree& tree, Counters* counters, const Priorities& priorities,
                 cudaStream_t stream) {
   if (priorities.n == 0) return;
+  if (uses_reference()) return reference::launch_set(tree, counters, priorities, stream);
   void (*const kernel)(DeviceTree, Counters*, Priorities) =
       priorities.doubles ? set_kernel<double> : set_kernel<float>;
   launch(kernel, blocks_for(priorities.n, kMaxThreads, kMaxBlocks),
