@@ -28,7 +28,6 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-$(command -v python || command -v python3)}
 total=${SECONDS_IN_ALL:-570}
-usage="usage: benchmarks/gpu.sh RECORD_FOLDER [STEP...]"
 
 steps=(build tests kernels memcheck racecheck initcheck synccheck train buffers throughput runs)
 declare -A reserved=([build]=60 [tests]=60 [kernels]=40 [memcheck]=35 [racecheck]=35 [initcheck]=30
@@ -36,7 +35,8 @@ declare -A reserved=([build]=60 [tests]=60 [kernels]=40 [memcheck]=35 [racecheck
 declare -A most=([build]=150 [tests]=120 [kernels]=90 [memcheck]=70 [racecheck]=70 [initcheck]=60
   [synccheck]=60 [train]=90 [buffers]=170 [throughput]=90 [runs]=90)
 
-record=${1:?$usage}
+(($# > 0)) || { echo "usage: benchmarks/gpu.sh RECORD_FOLDER [STEP...]" >&2 && exit 2; }
+record=$1
 shift
 wanted=("${steps[@]}")
 (($# > 0)) && wanted=("$@")
@@ -61,7 +61,9 @@ failed=()
 
 # Removes this machine's paths. `here` is $PWD as a regular expression.
 here=$(printf '%s' "$PWD" | sed 's/[][\.*^$+?(){}|#]/\\&/g')
-without_paths() { sed -u -E "s#$here/##g; s#/[^ :\"']*/(site-packages|dist-packages)/##g"; }
+without_paths() {
+  sed -u -E "s#$here/##g; s#/[^ :\"']*/(site-packages|dist-packages|bin)/##g; s# +\$##"
+}
 
 # step NAME COMMAND...: runs a command within its time limit. Its output goes to the screen and to
 # NAME.log, its result to the table.
@@ -110,7 +112,8 @@ write_readme() {
     "$python" -c "import sys; sys.path.insert(0, 'benchmarks')
 from machine import describe
 for key, value in describe().items():
-    print(f'- {key}: {value}')" 2>/dev/null || echo "- machine: not described"
+    if key != 'command':
+        print(f'- {key}: {value}')" 2>/dev/null || echo "- machine: not described"
     echo
     echo "\`benchmarks/gpu.sh\`, steps ${wanted[*]}. Failed: ${failed[*]:-none}."
     echo
