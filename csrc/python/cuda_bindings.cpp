@@ -1,6 +1,7 @@
 // The names of fastreplay._cuda. Docstrings of methods that _cpu has too are in cpu_bindings.cpp.
 #include <pybind11/pybind11.h>
 
+#include "cuda/reference.h"
 #include "python/cuda_checked.h"
 
 namespace py = pybind11;
@@ -72,6 +73,9 @@ PYBIND11_MODULE(_cuda, m) {
         return py::buffer_info(memory.data(), 1, "B", memory.bytes());
       });
 
+  m.def("use_kernels", &use_kernels, py::arg("kernels"),
+        "Launches the \"tuned\" (default) or the plain \"reference\" kernels from now on, in the\n"
+        "whole process. Returns the name in use before. Raises ValueError for another name.");
   m.attr("STAGING_SLOTS") = py::int_(Staging::kSlots);
   m.def("free_memory", [](int index) {
     const DeviceGuard guard(std::max(index, 0));
