@@ -211,7 +211,7 @@ def test_where_frames_lie(device, storage, monkeypatch):
     assert equal(cpu.sample(20), cuda.sample(20))
     assert equal_states(cpu.state_dict(), cuda.state_dict())
     with monkeypatch.context() as patch:
-        patch.setattr(type(cuda._place), "free_memory", lambda place: 100 * 7056)
+        patch.setattr(type(cuda._backend), "free_memory", lambda backend: 100 * 7056)
         assert FrameReplay(100, (84, 84), device="cuda").storage == "host"
 
     def no_room(*args, **options):

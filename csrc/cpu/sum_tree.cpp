@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/instructions.h"
 #include "core/philox.h"
 #include "core/priority.h"
+#include "cpu/instructions.h"
 
 namespace fastreplay {
 namespace {

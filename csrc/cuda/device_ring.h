@@ -24,7 +24,7 @@
 
 #include <cstdint>
 
-#include "cpu/frame_ring.h"
+#include "core/batch.h"
 #include "cuda/device_tree.h"
 
 namespace fastreplay {
@@ -51,18 +51,6 @@ struct Row {
   Column actions, rewards;
   const uint8_t* terminations;
   const uint8_t* episode_starts;
-};
-
-struct SampleJob {
-  int64_t n;
-  int64_t* indices;
-  bool draw;  // the rows into `indices`, or else take those that are there
-  uint64_t seed;
-  bool stratified;
-  bool gather;  // build the batch
-  FrameOutput format;
-  BatchMemory batch;
-  float* is_weights;
 };
 
 // `tree` has no nodes if draws are uniform. Each launches one kernel.

@@ -1,4 +1,4 @@
-"""Where a replay lies, and the compiled module that works there."""
+"""The device of a replay, and the compiled module that works there."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 
-LEAST = (8, 0)  # compute capability that the kernels are compiled for
+MIN_CAPABILITY = (8, 0)  # compute capability that the kernels are compiled for
 
-# The CUDA sources compiled for the CPU: put here by tests, taken for device="cuda".
+# The CUDA sources compiled for the CPU. Tests set it; device="cuda" then means this module.
 emulation: ModuleType | None = None
 
 
-class Place:
-    """A device of torch, its compiled module and, on CUDA, that module's `Device`."""
+class Backend:
+    """A torch device, its compiled module, and that module's handle of the device."""
 
     def __init__(self, device: str | torch.device):
         device = torch.device(device)
-        self.torch_device, self.handle = device, None
+        self.is_cuda = device.type == "cuda"
         if device.type == "cpu":
             self.module: Any = importlib.import_module("fastreplay._cpu")
+            self.torch_device = device
+            self.handle = self.module.Device(self.module.CPU_INDEX, device)
         elif device.type == "cuda" and emulation is not None:
             self.module, self.torch_device = emulation, torch.device("cuda", 0)
             self.handle = emulation.Device(0, self.torch_device, emulation.current_stream)
@@ -36,27 +38,26 @@ class Place:
         else:
             raise ValueError(f"device must be cpu or cuda, not {device}")
 
-    @property
-    def is_cuda(self) -> bool:
-        return self.handle is not None
-
     def zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
 
     def staging(self, slot_bytes: int) -> torch.Tensor:
-        """Where rows and priorities from the CPU arrive."""
+        """The device side of the slots through which data of the CPU arrives."""
         slots = self.module.STAGING_SLOTS
         return self.zeros(slots * (slot_bytes + 15 & ~15), dtype=torch.uint8)
 
     def free_memory(self) -> int:
-        """Bytes that a tensor on this GPU may take, those in torch's cache included."""
+        """Bytes that a new tensor on this GPU may take, those in torch's cache included."""
         index = self.torch_device.index
         cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
         return self.module.free_memory(index) + cached
 
 
 def cuda_problem(index: int | None = None) -> str:
-    """Why device="cuda" (or of that index) cannot be used here, in one line; "" if it can."""
+    """Why device="cuda" (or the GPU of that index) cannot be used here, in one line; "" if it can.
+
+    index: of the GPU; None means torch's current one.
+    """
     try:
         module = importlib.import_module("fastreplay._cuda")
     except ModuleNotFoundError:
@@ -65,15 +66,16 @@ def cuda_problem(index: int | None = None) -> str:
             "FASTREPLAY_CUDA=1 pip install ."
         )
     except ImportError as e:
-        return f"the CUDA half of fastreplay does not load ({e}); build it anew: pip install ."
+        return f"the CUDA half of fastreplay does not load ({e}); rebuild it: pip install ."
     if not torch.cuda.is_available():
         return "device='cuda', but torch.cuda.is_available() is False: no usable GPU"
     index = torch.cuda.current_device() if index is None else index
     if index >= torch.cuda.device_count():
         return f"there is no cuda:{index}: torch sees {torch.cuda.device_count()} GPUs"
-    name, has = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    if has < LEAST:
-        return f"{name} has compute capability {has[0]}.{has[1]}; fastreplay needs {LEAST[0]}.0"
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        has, needs = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        return f"{name} has compute capability {has}; fastreplay needs {needs}"
     try:
         module.free_memory(index)
     except RuntimeError as e:  # a driver older than the toolkit that fastreplay was built with
@@ -82,6 +84,6 @@ def cuda_problem(index: int | None = None) -> str:
 
 
 def current_stream():
-    """A function from a device's number to the handle of its current stream."""
-    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return quick or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+    """A function that maps a GPU's index to the handle of torch's current stream there."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return raw or (lambda index: torch.cuda.current_stream(index).cuda_stream)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastreplay import _cpu
-from fastreplay._device import Place
+from fastreplay._device import Backend
 from fastreplay.sum_tree import SumTree
 
 
@@ -128,8 +128,8 @@ class FrameReplay:
 
         if storage not in ("auto", "device", "host"):
             raise ValueError(f"storage must be auto, device or host, not {storage}")
-        place = Place(device)
-        self._place, self.device = place, place.torch_device
+        backend = Backend(device)
+        self._backend, self.device = backend, backend.torch_device
         self.capacity, self.frame_shape, self.num_envs = capacity, frame_shape, num_envs
         self.stack, self.n_step, self.gamma = stack, n_step, gamma
         self.prioritized, self.stratified = prioritized, stratified
@@ -140,36 +140,42 @@ class FrameReplay:
 
         shape, leaves = (num_envs, self.rows), num_envs * self.rows
         self._frames = self._allocate_frames(storage)
-        self._actions = place.zeros(*shape, dtype=torch.int32)
-        self._rewards = place.zeros(*shape, dtype=torch.float32)
-        self._flags = place.zeros(*shape, dtype=torch.uint8)
+        self._actions = backend.zeros(*shape, dtype=torch.int32)
+        self._rewards = backend.zeros(*shape, dtype=torch.float32)
+        self._flags = backend.zeros(*shape, dtype=torch.uint8)
         self._tree = SumTree(leaves, per_alpha, seed, device) if prioritized else None
-        memory = (self._frames, self._actions, self._rewards, self._flags)
         powers = [float(gamma) ** k for k in range(n_step + 1)]
-        options = {"frame_shape": frame_shape, "float_frames": not byte_frames, "stack": frames}
-        options |= {"stack_axis": stack is not None, "seed": seed % 2**64}
-        ring = place.module.FrameRing
-        if place.is_cuda:
+        powers = torch.tensor(powers, dtype=torch.float32, device=self.device)
+        memory = (self._frames, self._actions, self._rewards, self._flags, powers)
+        ring = backend.module.FrameRing
+        if backend.is_cuda:
             row_bytes = ring.row_bytes(num_envs, self._frames[0, 0].nbytes)
-            memory += (torch.tensor(powers, dtype=torch.float32, device=self.device),)
-            memory += (place.staging(row_bytes), place.zeros(8))
-            self._ring = ring(memory, self._tree, place.handle, **options)
-        else:
-            threads = _default_threads() if threads is None else threads
-            self._ring = ring(memory, self._tree, powers=powers, threads=threads, **options)
+            memory += (backend.staging(row_bytes), backend.zeros(8))
+        self._ring = ring(
+            memory,
+            self._tree,
+            backend.handle,
+            frame_shape=frame_shape,
+            frame_dtype=str(frame_dtype).removeprefix("torch."),
+            output_dtype=str(output_dtype).removeprefix("torch."),
+            stack=frames,
+            stack_axis=stack is not None,
+            threads=_default_threads() if threads is None else threads,
+            seed=seed % 2**64,
+        )
         self.per_beta = per_beta
 
     def _allocate_frames(self, storage: str) -> Tensor:
         shape = (self.num_envs, self.rows, *self.frame_shape)
         self.storage = "host"
-        if not self._place.is_cuda:
+        if not self._backend.is_cuda:
             # Not written until it is needed: an empty replay costs no memory.
             frames = torch.empty(shape, dtype=self.frame_dtype)
             _cpu.use_huge_pages(frames.data_ptr(), frames.nbytes)
             return frames
         size = math.prod(shape) * self.frame_dtype.itemsize
         # A tenth of what is free is left to the network.
-        if storage == "device" or (storage == "auto" and size <= 0.9 * self._place.free_memory()):
+        if storage == "device" or (storage == "auto" and size <= 0.9 * self._backend.free_memory()):
             try:
                 frames = torch.empty(shape, dtype=self.frame_dtype, device=self.device)
                 self.storage = "device"
@@ -177,12 +183,12 @@ class FrameReplay:
             except torch.OutOfMemoryError:  # there is room, but not in one piece
                 if storage == "device":
                     raise
-        pinned = self._place.module.PinnedMemory(size, self.device.index)
+        pinned = self._backend.module.PinnedMemory(size, self.device.index)
         return torch.frombuffer(pinned, dtype=self.frame_dtype).view(shape)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.frame_shape))
-        frames = f", frames on the {self.storage}" if self._place.is_cuda else ""
+        frames = f", frames on the {self.storage}" if self._backend.is_cuda else ""
         kind = "prioritized" if self.prioritized else "uniform"
         return (
             f"FrameReplay({self.capacity} rows of {shape}, {self.num_envs} games, {kind}, "
@@ -220,15 +226,11 @@ class FrameReplay:
 
     def drawable(self, indices) -> Tensor:
         """Whether each of `indices` (n,) int64 may start a transition: (n,) bool."""
-        out = torch.empty(len(indices), dtype=torch.bool, device=self.device)
-        self._ring.drawable(indices, out)
-        return out
+        return self._ring.drawable(indices)
 
     def draw(self, batch_size: int) -> Tensor:
         """(batch_size,) int64 drawable rows. ValueError if there is none yet."""
-        out = torch.empty(batch_size, dtype=torch.int64, device=self.device)
-        self._ring.draw(out, self.stratified)
-        return out
+        return self._ring.draw(batch_size, self.stratified)
 
     def gather(self, indices, out: Batch | None = None) -> Batch:
         """The transitions that start at `indices` (B,) int64; ValueError if one is not drawable.
@@ -236,10 +238,8 @@ class FrameReplay:
         With one step and the contiguous format, obs and next_obs of a fresh batch are views of one
         (B, stack + 1, *frame_shape) block.
         """
-        indices = torch.as_tensor(indices)
         batch = self._empty_batch(len(indices)) if out is None else out
-        self._fill(batch._replace(indices=indices), draw_first=False)
-        batch.indices.copy_(indices)
+        self._fill(batch, indices)
         return batch
 
     def sample(self, batch_size: int, out: Batch | None = None) -> Batch:
@@ -251,7 +251,7 @@ class FrameReplay:
         batch = self._empty_batch(batch_size) if out is None else out
         if len(batch.indices) != batch_size:
             raise ValueError(f"out holds {len(batch.indices)} samples, not {batch_size}")
-        self._fill(batch, draw_first=True)
+        self._fill(batch, None)
         return batch
 
     def update_priorities(self, indices, td_error) -> None:
@@ -315,15 +315,14 @@ class FrameReplay:
                 leaves[:stored] = state["leaves"][game]
                 self._tree._write_leaves(game * self.rows, leaves)
         self._ring.seed = state["seed"]
-        numbers = (stored, head, state["max_leaf"], state["calls"])
-        self._ring.restore(*numbers, *((n_drawable,) if self._place.is_cuda else ()))
+        self._ring.restore(stored, head, n_drawable, state["max_leaf"], state["calls"])
 
     def check(self) -> None:
         """Waits for the GPU and raises what went wrong there since the last call that waited.
 
         On the CPU nothing waits to be told.
         """
-        if self._place.is_cuda:
+        if self._backend.is_cuda:
             self._ring.check()
 
     def _empty_batch(self, n: int) -> Batch:
@@ -343,11 +342,9 @@ class FrameReplay:
         rewards, discounts, is_weights = empty((3, n), dtype=torch.float32)
         return Batch(obs, actions, rewards, next_obs, discounts, indices, is_weights)
 
-    def _fill(self, batch: Batch, draw_first: bool) -> None:
+    def _fill(self, batch: Batch, indices: Any) -> None:
         channels_last = self.memory_format == torch.channels_last
-        if batch.obs.dtype != self.output_dtype:
-            raise TypeError(f"obs must be {self.output_dtype}, not {batch.obs.dtype}")
-        self._ring.gather(batch, draw_first, self.stratified, self.scale, channels_last)
+        self._ring.gather(indices, batch, self.stratified, self.scale, channels_last)
 
     def _fixed(self) -> tuple[str, ...]:
         return ("capacity", "num_envs", "stack", "n_step", "gamma", "prioritized", "per_alpha")
