@@ -48,17 +48,17 @@ struct BatchMemory {
   float* discounts;
 };
 
-// One call of sample, draw or gather.
+// A batch of n samples, all of it in memory of the replay's device.
 struct SampleJob {
   int64_t n;
-  int64_t* indices;
-  bool draw;  // whether to draw rows into `indices`; otherwise `indices` is only read
-  uint64_t seed;
+  int64_t* indices;  // (n,) flat rows: written if `draw`, read if not
+  bool draw;
+  uint64_t seed;  // of the draw
   bool stratified;
-  bool gather;  // whether to build the batch
+  bool gather;  // whether to build the batch, in the memory below
   FrameOutput format;
   BatchMemory batch;
-  float* is_weights;
+  float* is_weights;  // (n,)
 };
 
 // Whether obs and next_obs are views of one block of stack + 1 frames, so that each frame is

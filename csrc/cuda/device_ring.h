@@ -1,23 +1,17 @@
-// The rings of frame_ring.h on a CUDA device: the same memory, rules and batches.
+// The rings of cpu/frame_ring.h on a CUDA device: the same memory, rules and batches.
 //
-// Frames lie on the device, or in pinned memory of the host that the same kernels read and write
-// across the bus; the nine bytes a row beside the frame, the leaves and the counters always lie on
-// the device.
+//   frames                                        on the device, or in pinned memory of the host,
+//                                                 which the same kernels reach over the bus
+//   actions, rewards, flags (9 bytes a row),
+//   leaves, counters                              always on the device
 //
-// One launch of the sample kernel does a whole batch. A block (or a few, which share the copying)
-// makes one sample:
-//   - its first warp draws the row, walks the n-step window and finds the frames of both stacks;
-//   - then all of its other threads write them, half of them obs and half next_obs, 16 bytes at a
-//     time where size and alignment allow it, in the type and memory format that is wanted; the
-//     first warp writes the rest, and takes the block's ticket;
-//   - the block with the last ticket turns leaves into importance weights (they are relative to the
-//     smallest of the batch) and counts the call. It needs nothing of the other blocks but their
-//     leaves, so tickets do not wait for frames.
-// One launch of the add kernel stores a row for each game, one block a game; the last block moves
-// the write head.
+//   launch_add        add.cu       stores one row for each game
+//   launch_sample     sample.cu    draws a batch, builds it, or both
+//   launch_drawable   sample.cu    tells which rows may start a transition
 //
-// A sample that cannot be made (no such row, nothing drawable) is all zeros, and its error is kept
-// in the counters until the host asks.
+// Each is one launch on the caller's stream. None allocates or waits, so all can be captured in a
+// CUDA graph. Errors that only the device sees are latched in the counters until the host reads
+// them: the sample or row concerned is then all zeros, or unchanged.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,7 +30,7 @@ struct DeviceRing {
   Counters* counters;
 };
 
-// A column of numbers on the device.
+// A column of numbers on the device, one for each game.
 struct Column {
   enum Type { kInt32, kInt64, kFloat32, kFloat64 };
   const void* data;
@@ -44,20 +38,22 @@ struct Column {
   int64_t stride;  // in elements
 };
 
-// One row for each game, all on the device.
+// One row for each game, on the device. The flags are bytes, 0 or 1.
 struct Row {
   const uint8_t* frames;
   int64_t frame_stride;  // bytes from one game's frame to the next
-  Column actions, rewards;
+  Column actions;        // that fit int32, or kActionTooLarge is latched
+  Column rewards;
   const uint8_t* terminations;
   const uint8_t* episode_starts;
 };
 
-// `tree` has no nodes if draws are uniform. Each launches one kernel.
+// `tree.nodes` is null if draws are uniform.
 void launch_add(const DeviceRing& ring, const DeviceTree& tree, const Row& row,
                 cudaStream_t stream);
 void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJob& job,
                    cudaStream_t stream);
+// `out` (n,): whether each row is drawable. Latches kIndexOutOfRange.
 void launch_drawable(const DeviceRing& ring, const int64_t* indices, int64_t n, bool* out,
                      cudaStream_t stream);
 

@@ -1,28 +1,27 @@
-// The exact sum-tree on a CUDA device: the draws of sum_tree.h from another layout.
+// The exact sum-tree on a CUDA device. It draws the same rows as cpu/sum_tree.h from another
+// layout.
 //
-//   level 2 (root)    [ e0 | e1 | ... | e31 ]                    one node of 32 words
+//   level 2 (root)    [ e0 | e1 | ... | e31 ]                 one node of 32 words
 //                        |    |
 //   level 1           [32 sums][32 sums] ...
 //                        |
-//   level 0           [32 leaves][32 leaves] ...                 the capacity, in whole nodes
+//   level 0           [32 leaves][32 leaves] ...              the capacity, rounded up to whole
+//   nodes
 //
-// All levels lie in one array of 64-bit words, the leaves first. A node is 256 bytes, so one warp
-// reads it at once: each lane an entry, a prefix sum by shuffles, a ballot. Entries of inner nodes
-// are the plain sums of their children, which lets one atomicAdd a level update them.
+// All levels lie in one array of 64-bit words, the leaves first. A node is 256 bytes: a warp loads
+// it in one access, one entry per lane. An entry of an inner node is the sum of its child's
+// entries, so an update is one atomicAdd per level.
 //
 //   leaf word    | order stamp (32 bits) | leaf (32 bits) |
 //
-// Among duplicates in one update the last wins: pair i of the batch raises the word by
-// atomicMax(i + 1 << 32 | leaf), and who raised it adds the difference to the ancestors. Whatever
-// the order in which threads come, these differences add up to last - first. The last block to
-// finish clears the stamps.
+// Stamps order the duplicates within one update (tree_set.cu).
 //
-// Invariants, between kernels
+// Invariants, between launches
 //   - every entry of an inner node is the exact sum of its 32 children;
 //   - stamps are 0, and so are entries without children or rows.
 //
-// Cost at 2^20 leaves: 4 levels, 8.26 bytes a leaf. A draw reads one node a level; an update is one
-// atomic a level.
+// Cost at 2^20 leaves: 4 levels, 8.26 bytes per leaf. A draw loads one node per level; an update is
+// one atomic per level.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,50 +35,61 @@ namespace fastreplay {
 constexpr int kDeviceFanOut = 32;
 constexpr int kMaxDeviceLevels = 6;  // 2^27 leaves
 
-// CUDA's 64-bit atomics take this type.
-using Word = unsigned long long;
-static_assert(sizeof(Word) == 8, "a tensor of int64 holds them");
+using Word = unsigned long long;  // the type of CUDA's 64-bit atomics
+static_assert(sizeof(Word) == 8, "nodes are a tensor of int64");
 
 struct DeviceTree {
-  // Where the levels lie. `nodes` has `slots` zeroed words.
+  // Computes the layout. `nodes` has `slots` zeroed words, or is null.
   explicit DeviceTree(int64_t capacity, Word* nodes = nullptr);
 
   Word* nodes;
-  int64_t capacity;
-  int64_t slots;
-  int levels;
-  int64_t offset[kMaxDeviceLevels];
+  int64_t capacity;                  // leaves
+  int64_t slots;                     // words in all
+  int levels;                        // 1 to kMaxDeviceLevels
+  int64_t offset[kMaxDeviceLevels];  // the first word of each level
 };
 
-// A batch of new priorities, float32 or float64. `errors`, where they are TD errors:
-// p = |error| + epsilon, rows without kDrawable in `flags` are skipped, and max_leaf is kept.
+// New priorities of n rows; among duplicates the last wins. Pointers are to device memory.
 struct Priorities {
-  const int64_t* indices;
-  const void* values;
+  const int64_t* indices;  // (n,)
+  const void* values;      // (n,) float64 if `doubles`, else float32
   bool doubles;
   int64_t n;
   double alpha;
+  // Whether values are TD errors. If so, p = |value| + epsilon, rows that are not drawable in
+  // `flags` are skipped, and Counters::max_leaf is kept up to date. If not, p = value.
   bool errors;
   double epsilon;
   const uint8_t* flags;
 };
 
-// Each of these launches one kernel, unless it says more.
+// One launch each on the caller's stream, unless stated otherwise. None allocates or waits. Errors
+// are latched in the counters.
+
+// Sets priorities; changes nothing if an index or a value is bad (kIndexOutOfRange, kNotFinite,
+// kNegative).
 void launch_set(const DeviceTree& tree, Counters* counters, const Priorities& priorities,
                 cudaStream_t stream);
+// n draws to `out` (n,), and one call counted. Of an empty tree: zeros, and kNothingToDraw.
 void launch_draw(const DeviceTree& tree, Counters* counters, uint64_t seed, bool stratified,
                  int64_t n, int64_t* out, cudaStream_t stream);
+// The leaves that own `targets` (n,), or 0 and kTargetOutOfRange.
 void launch_find(const DeviceTree& tree, Counters* counters, const int64_t* targets, int64_t n,
                  int64_t* out, cudaStream_t stream);
+// p^alpha of rows, or 0 and kIndexOutOfRange.
 void launch_get(const DeviceTree& tree, Counters* counters, const int64_t* indices, int64_t n,
                 double* out, cudaStream_t stream);
+// Importance weights, relative to the smallest leaf of `indices`. If one row is bad
+// (kIndexOutOfRange) or has no priority (kNoWeight), zeros.
 void launch_weights(const DeviceTree& tree, Counters* counters, const int64_t* indices, int64_t n,
                     double beta, float* out, cudaStream_t stream);
+// The sum of all leaves to *out.
 void launch_total(const DeviceTree& tree, Word* out, cudaStream_t stream);
-// One kernel a level.
+// Recomputes all sums from the leaves. One launch per level.
 void launch_rebuild(const DeviceTree& tree, cudaStream_t stream);
+// Latches kDamaged if an invariant does not hold. One launch per level.
 void launch_check(const DeviceTree& tree, Counters* counters, cudaStream_t stream);
-// Writes these fields, and leaves the others.
+// Writes the named fields of the counters and leaves the others.
 enum CounterFields : unsigned { kCallsField = 1, kBetaField = 2, kErrorField = 4, kAllFields = 8 };
 void launch_write(Counters* counters, const Counters& value, unsigned fields, cudaStream_t stream);
 

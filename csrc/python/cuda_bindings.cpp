@@ -1,6 +1,7 @@
 // fastreplay._cuda: the classes of bindings.h on a CUDA device, and what only CUDA has.
 #include <pybind11/pybind11.h>
 
+#include "cuda/reference.h"
 #include "python/bindings.h"
 #include "python/cuda_backend.h"
 
@@ -26,6 +27,9 @@ PYBIND11_MODULE(_cuda, m) {
         return py::buffer_info(memory.data(), 1, "B", memory.bytes());
       });
 
+  m.def("use_kernels", &use_kernels, py::arg("kernels"),
+        "Launches the \"tuned\" (default) or the plain \"reference\" kernels from now on, in the\n"
+        "whole process. Returns the name in use before. Raises ValueError for another name.");
   m.attr("STAGING_SLOTS") = py::int_(Staging::kSlots);
   m.def(
       "free_memory",

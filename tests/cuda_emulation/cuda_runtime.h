@@ -208,7 +208,8 @@ struct Streams {
   std::vector<std::unique_ptr<Queue>> all;
   std::mt19937 random{2};
   int capturing = 0, beside_captures = 0;
-  int64_t waits = 0;  // of the host, for work that had not been done yet
+  int64_t waits = 0;     // of the host, for work that had not been done yet
+  int64_t launches = 0;  // of kernels, captured ones included
 };
 inline Streams streams;
 
@@ -278,6 +279,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, Queue* stream
   const std::function<void()> thread = [kernel, values] { std::apply(kernel, values); };
   const std::function<void()> run = [=] { run_kernel(thread, grid, threads); };
   Queue& queue = queue_of(stream);
+  ++streams.launches;
   if (queue.graph != nullptr) {
     queue.graph->push_back(run);
   } else {
@@ -505,6 +507,7 @@ EMULATION_API int emulation_is_idle() {
   return 1;
 }
 EMULATION_API int64_t emulation_waits() { return emulation::streams.waits; }
+EMULATION_API int64_t emulation_launches() { return emulation::streams.launches; }
 EMULATION_API void* emulation_capture(void* stream) {
   ++emulation::streams.capturing;
   auto* const graph = new std::vector<std::function<void()>>;

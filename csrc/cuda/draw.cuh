@@ -1,0 +1,56 @@
+// A uniform draw over the drawable rows of a ring, by rejection.
+//
+// Attempt a of a sample is a stored row, drawable or not, chosen by the random bits
+// (seed, call, sample, a); the first drawable one counts. A warp makes 32 attempts at a time, so
+// the row is that of the sequential loop in FrameRing::draw. If none of kAttempts is drawable,
+// which happens where few rows are, bits kAttempts choose the k-th drawable row, found by counting.
+//
+// Cost: one random number and one byte of flags per lane in nearly all cases.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/philox.h"
+#include "core/window.h"
+#include "cuda/device_ring.h"
+#include "cuda/warp.cuh"
+
+namespace fastreplay {
+
+static_assert(kAttempts % 32 == 0, "all lanes of a warp make the same number of attempts");
+
+// The row that sample `sample` of call `call` draws; at least one row is drawable. By a whole warp.
+__device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, uint64_t call,
+                                       int64_t sample, int lane) {
+  const int64_t stored = ring.counters->stored, rows = ring.layout.rows;
+  const uint64_t stored_rows = static_cast<uint64_t>(ring.layout.num_envs * stored);
+  const uint32_t sample32 = static_cast<uint32_t>(sample);
+  for (uint32_t attempt = lane; attempt < kAttempts; attempt += 32) {
+    const uint64_t bits = random64(seed, call, sample32, attempt);
+    const int64_t row = static_cast<int64_t>(mulhi64(bits, stored_rows));
+    const int64_t candidate = row / stored * rows + row % stored;
+    const bool is_drawable = ring.memory.flags[candidate] & kDrawable;
+    const unsigned found = __ballot_sync(kAllLanes, is_drawable);
+    if (found != 0) return __shfl_sync(kAllLanes, candidate, __ffs(static_cast<int>(found)) - 1);
+  }
+  const uint64_t bits = random64(seed, call, sample32, kAttempts);
+  uint64_t k = mulhi64(bits, static_cast<uint64_t>(ring.counters->n_drawable));
+  const int64_t size = ring.layout.num_envs * rows;
+  for (int64_t first = 0; first < size; first += 32) {
+    const int64_t row = first + lane;
+    const bool is_drawable = row < size && (ring.memory.flags[row] & kDrawable);
+    unsigned found = __ballot_sync(kAllLanes, is_drawable);
+    const unsigned count = static_cast<unsigned>(__popc(found));
+    if (k >= count) {
+      k -= count;
+      continue;
+    }
+    for (; k > 0; --k) found &= found - 1;  // clears the lowest bit
+    return first + __ffs(static_cast<int>(found)) - 1;
+  }
+  return 0;
+}
+
+}  // namespace fastreplay

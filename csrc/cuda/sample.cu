@@ -1,0 +1,152 @@
+// Draws a batch and builds it, in one launch.
+//
+//   grid     one column of blocks per sample (blockIdx.x), of 1 to kMaxBlocksPerSample blocks
+//   block    warp 0     makes the plan (plan.cuh), then writes action, reward and discount
+//            others     copy frames by the plan (copy.cuh), one half obs and one half next_obs
+//   last block          turns leaves into importance weights (weights.cuh) and counts the call
+//
+// Blocks arrive (grid.cuh) as soon as they have a plan, not when their frames are copied: weights
+// need only the leaves of the other samples.
+//
+// A sample that cannot be made (no such row, not drawable, nothing to draw) is all zeros, and its
+// error is latched.
+//
+// Cost at 84x84, stack 4: 5 frames read and written per sample with one step (shared block),
+// 8 otherwise. Small batches are bound by latency: launch, draw, plan, copy, arrival.
+#include "core/window.h"
+#include "cuda/copy.cuh"
+#include "cuda/device_ring.h"
+#include "cuda/grid.cuh"
+#include "cuda/plan.cuh"
+#include "cuda/reference.h"
+#include "cuda/weights.cuh"
+
+namespace fastreplay {
+namespace {
+
+constexpr int kThreads = 256;             // of a block, at most
+constexpr int kPlanThreads = 32;          // of these: warp 0, which copies no frames
+constexpr int kMaxBlocksPerSample = 8;    // that share the copying
+constexpr int kBlocksToFillDevice = 512;  // a small batch gets several blocks per sample up to this
+
+// What a copying thread does, all but the run of frames, which is in the plan.
+__device__ CopyTask make_task(const DeviceRing& ring, const SampleJob& job, bool shared,
+                              int64_t sample) {
+  const int copiers = static_cast<int>(blockDim.x) - kPlanThreads;
+  const int threads = shared ? copiers : copiers / 2;
+  const int thread = static_cast<int>(threadIdx.x) - kPlanThreads;
+  const bool is_next = thread >= threads;
+  uint8_t* const batch = is_next ? job.batch.next_obs : job.batch.obs;
+  const int64_t stride = is_next ? job.batch.next_obs_stride : job.batch.obs_stride;
+  return {ring.memory.frames,
+          ring.layout.frame_bytes,
+          ring.layout.rows,
+          job.format.scale,
+          is_next,
+          is_aligned(batch, stride, 16),
+          batch + sample * stride,
+          static_cast<int>(blockIdx.y) * threads + (is_next ? thread - threads : thread),
+          static_cast<int>(gridDim.y) * threads,
+          ring.layout.stack + shared,
+          {}};
+}
+
+// Writes action, n-step return and discount of a sample, and a weight of 1 if the batch is uniform.
+// By one thread.
+__device__ void write_columns(const DeviceRing& ring, const SampleJob& job, bool prioritized,
+                              int64_t sample, const Plan& plan) {
+  const Window& window = plan.window;
+  const int32_t action = ring.memory.actions[plan.index < 0 ? 0 : plan.index];
+  const float discount = window.terminated ? 0.0f : ring.powers[window.steps];
+  const float* const rewards = ring.memory.rewards + plan.game;
+  float sum = 0.0f;
+  int64_t slot = plan.index - plan.game;
+  for (int k = 0; k < window.steps; ++k) {
+    sum += ring.powers[k] * rewards[slot];
+    slot = slot + 1 == ring.layout.rows ? 0 : slot + 1;
+  }
+  job.batch.actions[sample] = plan.index < 0 ? 0 : action;
+  job.batch.rewards[sample] = sum;
+  job.batch.discounts[sample] = discount;
+  if (!prioritized) job.is_weights[sample] = plan.index < 0 ? 0.0f : 1.0f;
+}
+
+template <Output kOutput>
+__global__ void sample_kernel(const __grid_constant__ DeviceRing ring,
+                              const __grid_constant__ DeviceTree tree,
+                              const __grid_constant__ SampleJob job,
+                              const __grid_constant__ Strata strata, bool shared) {
+  FR_SHARED(Plan, plan);
+  FR_SHARED(bool, is_last);
+  const int64_t sample = blockIdx.x;
+  const bool gathers = job.gather && sample < job.n, prioritized = tree.nodes != nullptr;
+  bool has_rows = true;
+  CopyTask task{};
+  if (threadIdx.x < kPlanThreads) {
+    has_rows =
+        make_plan(ring, tree, job, strata, shared, sample, static_cast<int>(threadIdx.x), plan);
+  } else {
+    task = make_task(ring, job, shared, sample);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned arrival = arrive(ring.counters);
+    if (gathers && blockIdx.y == 0) write_columns(ring, job, prioritized, sample, plan);
+    is_last = is_last_arrival(arrival);
+    if (is_last && job.draw) {
+      if (has_rows) {
+        atomicAdd(reinterpret_cast<Word*>(&ring.counters->calls), Word{1});
+      } else {
+        report(ring.counters, kNothingToDraw, 0);
+      }
+    }
+  } else if (threadIdx.x >= kPlanThreads && gathers) {
+    task.run = plan.runs[task.is_next];
+    copy_stack<kOutput>(task, job.format.channels_last);
+  }
+  __syncthreads();
+  if (is_last && job.gather && prioritized) {
+    finish_weights(job.is_weights, job.n, ring.counters->beta);
+  }
+}
+
+__global__ void drawable_kernel(const __grid_constant__ DeviceRing ring, const int64_t* indices,
+                                int64_t n, bool* out) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const uint64_t size = static_cast<uint64_t>(ring.layout.num_envs * ring.layout.rows);
+  const bool in_range = static_cast<uint64_t>(indices[i]) < size;
+  if (!in_range) report(ring.counters, kIndexOutOfRange, indices[i]);
+  out[i] = in_range && (ring.memory.flags[indices[i]] & kDrawable);
+}
+
+}  // namespace
+
+void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJob& job,
+                   cudaStream_t stream) {
+  if (uses_reference()) return reference::launch_sample(ring, tree, job, stream);
+  const int64_t n = job.n < 1 ? 1 : job.n;
+  const int64_t bytes = 2 * ring.layout.stack * ring.layout.frame_bytes;
+  const int64_t stores = job.gather ? bytes * expansion(job.format.output) / 16 : 0;
+  // At least one warp beside the plan's, if there is something to copy.
+  const int64_t copiers = stores / kLoadsInFlight < 32 ? 32 : stores / kLoadsInFlight;
+  const int threads = job.gather ? threads_for(kPlanThreads + copiers, kThreads) : kPlanThreads;
+  const int64_t per_sample =
+      kBlocksToFillDevice / n < kMaxBlocksPerSample ? kBlocksToFillDevice / n : kMaxBlocksPerSample;
+  const dim3 blocks(static_cast<unsigned>(n),
+                    blocks_for(stores, (kThreads - kPlanThreads) * kLoadsInFlight,
+                               per_sample < 1 ? 1 : per_sample));
+  void (*const kernels[])(DeviceRing, DeviceTree, SampleJob, Strata, bool) = {
+      sample_kernel<Output::kCopy>, sample_kernel<Output::kFloat16>,
+      sample_kernel<Output::kBfloat16>, sample_kernel<Output::kFloat32>};
+  launch(kernels[static_cast<int>(job.format.output)], blocks, threads, stream, ring, tree, job,
+         Strata(job.stratified, n), is_shared(ring, job));
+}
+
+void launch_drawable(const DeviceRing& ring, const int64_t* indices, int64_t n, bool* out,
+                     cudaStream_t stream) {
+  if (n == 0) return;
+  launch(drawable_kernel, blocks_for(n, kThreads), kThreads, stream, ring, indices, n, out);
+}
+
+}  // namespace fastreplay
