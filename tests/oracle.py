@@ -67,11 +67,13 @@ class OracleReplay:
 
 class OraclePriorities:
     """The integer leaf of every row of an OracleReplay: 0 where nothing can be drawn, and the
-    largest leaf seen where something newly can."""
+    largest leaf seen where something newly can. A row that has replaced an older one takes
+    priorities once it has been drawn: until then they belong to the older one."""
 
     def __init__(self, reference, alpha=1.0, epsilon=1e-6):
         self.reference, self.alpha, self.epsilon = reference, alpha, epsilon
         self.leaves, self.largest = {}, UNIT  # leaves by (flat index, row number)
+        self.drawn = set()  # (flat index, row number)
 
     def rows(self):
         """(flat index, row number) of everything that can be drawn."""
@@ -81,13 +83,20 @@ class OraclePriorities:
     def after_add(self):
         self.leaves = {row: self.leaves.get(row, self.largest) for row in self.rows()}
 
+    def draw(self, indices):
+        drawable = dict(self.rows())
+        self.drawn |= {(i, drawable[i]) for i in indices.tolist()}
+
     def update(self, indices, td_errors):
         drawable = dict(self.rows())
         for i, td_error in zip(indices.tolist(), td_errors.tolist()):
             leaf = quantise(abs(td_error) + self.epsilon, self.alpha)
             self.largest = max(self.largest, leaf)
-            if i in drawable:
-                self.leaves[i, drawable[i]] = leaf
+            if i not in drawable:
+                continue
+            row = i, drawable[i]
+            if row[1] < self.reference.rows or row in self.drawn:
+                self.leaves[row] = leaf
 
     def flat(self):
         """The leaf of every flat index."""

@@ -249,7 +249,7 @@ def test_without_a_gpu_there_is_one_clear_error():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     lines = result.stdout.splitlines()
     assert len(lines) == 2 and not result.stderr, result

@@ -21,8 +21,16 @@ namespace fastreplay {
 enum RowFlag : uint8_t {
   kTerminated = 1,  // the step that left this row terminated
   kOpens = 2,       // the frame of this row opened an episode
-  kDrawable = 4,    // kept up to date by FrameRing: the answer of drawable() below
+  kDrawable = 4,    // drawable() below, kept up to date by the ring
+  // With priorities: the row has replaced an older one and was not drawn since. A priority that
+  // arrives now is that of the older row.
+  kUndrawn = 8,
 };
+
+// Whether an update may set the priority of a row with these flags.
+FR_HOST_DEVICE inline bool takes_priority(uint8_t flags) {
+  return (flags & (kDrawable | kUndrawn)) == kDrawable;
+}
 
 constexpr int kAttempts = 128;  // of a uniform draw, before it counts drawable rows instead
 

@@ -86,7 +86,8 @@ void FrameRing::add(const uint8_t* frames, int64_t frame_stride, const int32_t* 
     memory_.rewards[index] = rewards[game];
     // What came before the first row is unknown, so it opens an episode.
     memory_.flags[index] = static_cast<uint8_t>((terminations[game] ? kTerminated : 0) |
-                                                (first || episode_starts[game] ? kOpens : 0));
+                                                (first || episode_starts[game] ? kOpens : 0) |
+                                                (full && tree_ != nullptr ? kUndrawn : 0));
   }
   head_ = slot + 1 == layout_.rows ? 0 : slot + 1;
   if (!full) ++stored_;
@@ -212,12 +213,19 @@ void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& for
   }
 }
 
+void FrameRing::mark_drawn(const int64_t* indices, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint8_t& flags = memory_.flags[indices[i]];
+    if (flags & kUndrawn) flags ^= kUndrawn;  // few rows are: most cache lines stay clean
+  }
+}
+
 void FrameRing::update(const int64_t* indices, const uint32_t* leaves, int64_t n) {
   changed_.clear();
   changed_leaves_.clear();
   for (int64_t i = 0; i < n; ++i) {
     max_leaf_ = std::max(max_leaf_, leaves[i]);
-    if (!is_drawable(indices[i])) continue;  // no longer, since it was drawn
+    if (!takes_priority(memory_.flags[indices[i]])) continue;
     changed_.push_back(indices[i]);
     changed_leaves_.push_back(leaves[i]);
   }

@@ -57,7 +57,11 @@ class FrameRing {
   void gather(const int64_t* indices, int64_t n, const FrameOutput& format,
               const BatchMemory& batch);
 
-  // Sets the leaves of those rows that are drawable. All of the leaves count for max_leaf().
+  // Notes that these rows were drawn or gathered: they take priorities from now on.
+  void mark_drawn(const int64_t* indices, int64_t n);
+
+  // Sets the leaves of those rows that take priorities (window.h). All of the leaves count for
+  // max_leaf().
   void update(const int64_t* indices, const uint32_t* leaves, int64_t n);
 
   // After the memory was filled from outside: frames, actions, rewards, flags (kDrawable included)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastreplay import _cpu
 from fastreplay._device import Backend
+from fastreplay._state import check_equal, check_integers, check_keys, check_tensor
 
 if TYPE_CHECKING:  # the methods of both devices
     from fastreplay._cpu import SumTree as Compiled
@@ -94,21 +95,21 @@ class SumTree(Compiled):
 
         Raises ValueError if the state does not fit; the tree is unchanged then.
         """
-        missing = {"capacity", "alpha", "seed", "calls", "leaves"} - set(state)
-        if missing:
-            raise ValueError(f"the state lacks {', '.join(sorted(missing))}")
-        for name in ("capacity", "alpha"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the state has {name} {state[name]}, this tree {getattr(self, name)}"
-                )
-        leaves = state["leaves"]
-        if leaves.dtype != torch.int32 or leaves.shape != (self.capacity,):
-            raise ValueError(f"leaves must be int32 of shape ({self.capacity},)")
+        check_keys(state, ("capacity", "alpha", "seed", "calls", "leaves"), "SumTree")
+        check_equal(state, {"capacity": self.capacity, "alpha": self.alpha})
+        check_integers(state, {"seed": (0, 2**64 - 1), "calls": (0, 2**64 - 1)})
+        check_tensor(state["leaves"], "leaves", torch.int32, (self.capacity,))
         self.check()
         self.seed, self.calls = state["seed"], state["calls"]
-        self._write_leaves(0, leaves)
+        self._write_leaves(0, state["leaves"])
         self.rebuild()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state)
+
+    def __reduce__(self):
+        arguments = (self.capacity, self.alpha, self.seed, str(self.device))
+        return SumTree, arguments, self.state_dict()
 
 
 def check_alpha(alpha: float) -> None:

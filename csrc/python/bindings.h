@@ -90,8 +90,8 @@ py::class_<CheckedRing<Backend>> bind_ring(py::module_& m) {
       .def("add", &Ring::add, py::arg("frames"), py::arg("actions"), py::arg("rewards"),
            py::arg("terminations"), py::arg("episode_starts"))
       .def("draw", &Ring::draw, py::arg("batch_size"), py::arg("stratified"))
-      .def("gather", &Ring::gather, py::arg("indices"), py::arg("batch"), py::arg("stratified"),
-           py::arg("scale"), py::arg("channels_last"),
+      .def("gather", &Ring::gather, py::arg("indices"), py::arg("n"), py::arg("batch"),
+           py::arg("stratified"), py::arg("scale"), py::arg("channels_last"),
            "Fills `batch`, a tuple of seven arrays. With indices None, draws its rows first.")
       .def("drawable", &Ring::drawable, py::arg("indices"))
       .def("update", &Ring::update, py::arg("indices"), py::arg("td_error"), py::arg("alpha"),

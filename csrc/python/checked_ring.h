@@ -84,12 +84,11 @@ class CheckedRing {
     return out;
   }
 
-  // `indices` None: draws into the batch's indices. Otherwise copies `indices` there.
-  void gather(const py::object& indices, const py::tuple& batch, bool stratified, double scale,
-              bool channels_last) {
+  // A batch of n samples. `indices` None: draws into the batch's indices. Otherwise copies
+  // `indices` there.
+  void gather(const py::object& indices, int64_t n, const py::tuple& batch, bool stratified,
+              double scale, bool channels_last) {
     const TensorView obs = view(batch[0], "obs"), next_obs = view(batch[3], "next_obs");
-    const TensorView drawn = view(batch[5], "indices");
-    const int64_t n = drawn.ndim > 0 ? drawn.shape[0] : 0;
     SampleJob job{};
     job.n = n;
     job.indices = device_.output<int64_t>(batch[5], "indices", n);
@@ -111,7 +110,7 @@ class CheckedRing {
     if (job.draw) return ring_.sample(job, beta_);
 
     Indices rows(indices, "indices", device_, size());
-    if (rows.n != n) throw_shape("out", "(" + std::to_string(rows.n) + ", ...)", drawn);
+    if (rows.n != n) throw_shape("indices", to_string(&n, 1), view(rows.owner, "indices"));
     ring_.make_resident(rows);
     int64_t* const copy = std::exchange(job.indices, const_cast<int64_t*>(rows.data));
     ring_.sample(job, beta_);  // only reads job.indices

@@ -164,6 +164,7 @@ class CpuRing {
         if (!ring_.is_drawable(job.indices[i])) throw_not_drawable(job.indices[i]);
       }
     }
+    if (tree_ != nullptr) ring_.mark_drawn(job.indices, job.n);
     if (!job.gather) return;
     if (tree_ != nullptr) {
       tree_->tree.weights(job.indices, job.n, beta, job.is_weights);
