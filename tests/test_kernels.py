@@ -66,7 +66,7 @@ class Both:
         one = self.objects[name]
         try:
             return work(one)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, RuntimeError) as error:
             return error
 
     def check(self):
@@ -306,3 +306,62 @@ def test_an_unknown_name_is_refused(module):
     with pytest.raises(ValueError, match="'tuned' or 'reference', not 'fast'"):
         module.use_kernels("fast")
     assert module.use_kernels("reference") == "tuned"
+
+
+# Trees whose sums, and rings whose counts, do not hold: nothing but foreign code can leave them so.
+
+
+@pytest.mark.parametrize("capacity", [20, 40, 1500, 39_990])
+@pytest.mark.parametrize("damage", ["a sum too large", "a leaf beyond the capacity"])
+def test_a_damaged_tree_draws_no_row_and_is_reported(module, capacity, damage):
+    def make():
+        tree = SumTree(capacity, device="cuda")
+        tree.set(np.arange(capacity), np.ones(capacity))
+        if damage == "a sum too large" and capacity > 32:
+            tree._inner[0] = 50 << 20  # the first 32 leaves hold 32 << 20
+        else:
+            tree._leaves[-1] = 50 << 20  # padding of the last node
+            tree.rebuild()
+        return tree
+
+    both = Both(module, make)
+    total = both.call(lambda t: t.total())
+    assert total >= capacity << 20
+    target = 40 << 20 if damage == "a sum too large" and capacity > 32 else total - 1
+    found = both.call(lambda t: t.find(np.array([5 << 20, target])))
+    assert found.tolist() == [5, 0]
+    assert "damaged" in str(both.check())
+    drawn = both.call(lambda t: t.sample(3000, stratified=True))
+    assert 0 <= drawn.min() and drawn.max() < capacity
+    assert "damaged" in str(both.check())
+
+
+def test_a_sample_from_a_damaged_tree_is_zeros(module):
+    def make():
+        replay = FrameReplay(40, (2, 2), stack=1, prioritized=True, device="cuda")
+        for step in range(30):
+            replay.add(*row_of_zeros(start=False, action=step + 1))
+        replay._tree._inner[0] = 2000 << 20  # nearly all targets fall beyond the leaves
+        return replay
+
+    both = Both(module, make)
+    batch = both.call(lambda r: r.sample(20))
+    assert "damaged" in str(both.check())
+    zero = (batch.is_weights == 0).cpu()
+    assert zero.sum() > 10
+    for name in ("obs", "actions", "rewards", "next_obs", "discounts", "indices"):
+        assert not getattr(batch, name).cpu()[zero].any(), name
+
+
+def test_a_wrong_count_of_drawable_rows_is_reported(module):
+    def make():
+        replay = FrameReplay(200, (2, 2), stack=1, device="cuda")
+        for _ in range(100):  # every row opens an episode: none is drawable
+            replay.add(*row_of_zeros(action=7))
+        replay._ring.restore(100, 100, 1 << 20, 0, 5)
+        return replay
+
+    both = Both(module, make)
+    batch = both.call(lambda r: r.sample(4))
+    assert "damaged" in str(both.check())
+    assert not batch.indices.cpu().any() and not batch.actions.cpu().any()

@@ -36,18 +36,23 @@ __device__ inline Root read_root(const DeviceTree& tree, int lane) {
 }
 
 struct Found {
-  int64_t index;
+  int64_t index;  // -1: the tree is damaged
   uint32_t leaf;
 };
 
-// The leaf that owns a target below root.total. By a whole warp.
+// The leaf that owns a target below root.total. By a whole warp. In a damaged tree a descent may
+// reach a node whose entries do not add up to its parent's, or leave the capacity.
 __device__ inline Found find_leaf(const DeviceTree& tree, const Root& root, Word target, int lane) {
   int64_t node = 0;
   Word word = root.word, sum = root.sum;
   for (int level = tree.levels - 1;; --level) {
-    const int child = __ffs(static_cast<int>(__ballot_sync(kAllLanes, sum > target))) - 1;
+    const int child = first_lane(__ballot_sync(kAllLanes, sum > target));
+    if (child < 0) return {-1, 0};
     node = node * kDeviceFanOut + child;
-    if (level == 0) return {node, static_cast<uint32_t>(__shfl_sync(kAllLanes, word, child))};
+    if (level == 0) {
+      if (node >= tree.capacity) return {-1, 0};
+      return {node, static_cast<uint32_t>(__shfl_sync(kAllLanes, word, child))};
+    }
     target -= __shfl_sync(kAllLanes, sum - word, child);
     word = tree.nodes[tree.offset[level - 1] + node * kDeviceFanOut + lane];
     sum = prefix_sum(word, lane);

@@ -70,7 +70,8 @@ struct Priorities {
 // kNegative).
 void launch_set(const DeviceTree& tree, Counters* counters, const Priorities& priorities,
                 cudaStream_t stream);
-// n draws to `out` (n,), and one call counted. Of an empty tree: zeros, and kNothingToDraw.
+// n draws to `out` (n,), and one call counted. Of an empty tree: zeros, and kNothingToDraw. A draw
+// that meets sums that do not hold is 0, here and in launch_find, and kDamaged.
 void launch_draw(const DeviceTree& tree, Counters* counters, uint64_t seed, bool stratified,
                  int64_t n, int64_t* out, cudaStream_t stream);
 // The leaves that own `targets` (n,), or 0 and kTargetOutOfRange.

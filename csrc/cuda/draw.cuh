@@ -21,7 +21,8 @@ namespace fastreplay {
 
 static_assert(kAttempts % 32 == 0, "all lanes of a warp make the same number of attempts");
 
-// The row that sample `sample` of call `call` draws; at least one row is drawable. By a whole warp.
+// The row that sample `sample` of call `call` draws, where n_drawable is above 0. By a whole warp.
+// -1 if fewer rows are drawable than n_drawable says.
 __device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, uint64_t call,
                                        int64_t sample, int lane) {
   const int64_t stored = ring.counters->stored, rows = ring.layout.rows;
@@ -32,8 +33,8 @@ __device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, ui
     const int64_t row = static_cast<int64_t>(mulhi64(bits, stored_rows));
     const int64_t candidate = row / stored * rows + row % stored;
     const bool is_drawable = ring.memory.flags[candidate] & kDrawable;
-    const unsigned found = __ballot_sync(kAllLanes, is_drawable);
-    if (found != 0) return __shfl_sync(kAllLanes, candidate, __ffs(static_cast<int>(found)) - 1);
+    const int found = first_lane(__ballot_sync(kAllLanes, is_drawable));
+    if (found >= 0) return __shfl_sync(kAllLanes, candidate, found);
   }
   const uint64_t bits = random64(seed, call, sample32, kAttempts);
   uint64_t k = mulhi64(bits, static_cast<uint64_t>(ring.counters->n_drawable));
@@ -41,16 +42,16 @@ __device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, ui
   for (int64_t first = 0; first < size; first += 32) {
     const int64_t row = first + lane;
     const bool is_drawable = row < size && (ring.memory.flags[row] & kDrawable);
-    unsigned found = __ballot_sync(kAllLanes, is_drawable);
-    const unsigned count = static_cast<unsigned>(__popc(found));
+    unsigned ballot = __ballot_sync(kAllLanes, is_drawable);
+    const unsigned count = static_cast<unsigned>(__popc(ballot));
     if (k >= count) {
       k -= count;
       continue;
     }
-    for (; k > 0; --k) found &= found - 1;  // clears the lowest bit
-    return first + __ffs(static_cast<int>(found)) - 1;
+    for (; k > 0; --k) ballot &= ballot - 1;  // clears the lowest bit; one remains, as k < count
+    return first + first_lane(ballot);
   }
-  return 0;
+  return -1;
 }
 
 }  // namespace fastreplay

@@ -1,5 +1,8 @@
 // Launching a grid, latching an error, and finding the last block of a grid.
 //
+// The kernels need compute capability 7.0 (__grid_constant__, warp operations with a mask) and use
+// nothing newer. The oldest that nvcc 13 compiles for is 7.5.
+//
 // Last-block pattern: each block makes its writes visible to the device, then increments
 // Counters::ticket. The increment returns the block's arrival index, 0 to blocks - 1. The block
 // with index blocks - 1 sees the writes of all others and finishes the grid's work, which saves a

@@ -74,6 +74,7 @@ __device__ inline bool make_plan(const DeviceRing& ring, const DeviceTree& tree,
     }
   }
   if (sample >= job.n) return has_rows;
+  if (is_writer && job.draw && has_rows && index < 0) report(ring.counters, kDamaged, sample);
   if (is_writer && job.draw) job.indices[sample] = index < 0 ? 0 : index;
   if (!job.gather) return has_rows;
   // finish_weights turns the leaves into weights once all of them are known.

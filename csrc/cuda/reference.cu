@@ -60,16 +60,17 @@ __device__ Word total_of(const DeviceTree& tree) {
   return total;
 }
 
-// The leaf that owns a target below the total.
+// The leaf that owns a target below the total; -1 if the tree is damaged.
 __device__ int64_t find_row(const DeviceTree& tree, Word target) {
   int64_t node = 0;
   for (int level = tree.levels - 1; level >= 0; --level) {
     const Word* const entries = tree.nodes + tree.offset[level] + node * kDeviceFanOut;
     int child = 0;
-    while (target >= entries[child]) target -= entries[child++];
+    while (child < kDeviceFanOut && target >= entries[child]) target -= entries[child++];
+    if (child == kDeviceFanOut) return -1;  // the entries do not add up to their parent
     node = node * kDeviceFanOut + child;
   }
-  return node;
+  return node < tree.capacity ? node : -1;
 }
 
 // The row that a sample draws from a tree whose total is above 0.
@@ -88,12 +89,16 @@ __global__ void draw_tree_kernel(DeviceTree tree, const Counters* counters, uint
   if (total_of(tree) > 0) out[i] = draw_by_priority(tree, seed, counters->calls, stratified, i, n);
 }
 
-// Ends a draw of n rows.
+// Ends a draw of n rows. A row of -1 could not be drawn.
 __global__ void end_draw_kernel(DeviceTree tree, Counters* counters, int64_t n, int64_t* rows) {
   const int64_t i = thread_index();
-  if (i < n && rows[i] < 0) rows[i] = 0;
+  const bool has_rows = tree.nodes != nullptr ? total_of(tree) > 0 : counters->n_drawable > 0;
+  if (i < n && rows[i] < 0) {
+    if (has_rows) report(counters, kDamaged, i);
+    rows[i] = 0;
+  }
   if (i > 0) return;
-  if (tree.nodes != nullptr ? total_of(tree) > 0 : counters->n_drawable > 0) {
+  if (has_rows) {
     ++counters->calls;
   } else {
     report(counters, kNothingToDraw, 0);
@@ -104,12 +109,10 @@ __global__ void find_kernel(DeviceTree tree, Counters* counters, const int64_t* 
                             int64_t* out) {
   const int64_t i = thread_index();
   if (i >= n) return;
-  out[i] = 0;
-  if (static_cast<Word>(targets[i]) < total_of(tree)) {
-    out[i] = find_row(tree, static_cast<Word>(targets[i]));
-  } else {
-    report(counters, kTargetOutOfRange, targets[i]);
-  }
+  const bool in_range = static_cast<Word>(targets[i]) < total_of(tree);
+  const int64_t row = in_range ? find_row(tree, static_cast<Word>(targets[i])) : -1;
+  if (row < 0) report(counters, in_range ? kDamaged : kTargetOutOfRange, targets[i]);
+  out[i] = row < 0 ? 0 : row;
 }
 
 __device__ double value_of(const Priorities& p, int64_t i) {
@@ -222,7 +225,8 @@ __device__ Ring ring_of(const DeviceRing& ring, int64_t index) {
           ring.counters->head};
 }
 
-// The row that a sample draws if all drawable rows are equally likely; there is at least one.
+// The row that a sample draws if all drawable rows are equally likely, where n_drawable is above 0.
+// -1 if fewer rows are drawable than it says.
 __device__ int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, int64_t sample) {
   const uint64_t call = ring.counters->calls;
   const int64_t stored = ring.counters->stored, rows = ring.layout.rows;
@@ -236,9 +240,10 @@ __device__ int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, int64_t s
   // Few rows are drawable: choose the k-th of them.
   const uint64_t bits = random64(seed, call, static_cast<uint32_t>(sample), kAttempts);
   uint64_t k = mulhi64(bits, static_cast<uint64_t>(ring.counters->n_drawable));
-  for (int64_t index = 0;; ++index) {
+  for (int64_t index = 0; index < ring.layout.num_envs * rows; ++index) {
     if (is_drawable(ring, index) && k-- == 0) return index;
   }
+  return -1;
 }
 
 __global__ void draw_kernel(DeviceRing ring, DeviceTree tree, SampleJob job) {

@@ -8,8 +8,8 @@
 // Blocks arrive (grid.cuh) as soon as they have a plan, not when their frames are copied: weights
 // need only the leaves of the other samples.
 //
-// A sample that cannot be made (no such row, not drawable, nothing to draw) is all zeros, and its
-// error is latched.
+// A sample that cannot be made (no such row, not drawable, nothing to draw, a damaged tree) is all
+// zeros, and its error is latched.
 //
 // Cost at 84x84, stack 4: 5 frames read and written per sample with one step (shared block),
 // 8 otherwise. Small batches are bound by latency: launch, draw, plan, copy, arrival.

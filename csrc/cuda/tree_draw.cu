@@ -25,7 +25,10 @@ __global__ void draw_kernel(const __grid_constant__ DeviceTree tree, Counters* c
   if (root.total > 0 && sample < n) {
     found = draw_leaf(tree, root, bits, strata, sample, lane);
   }
-  if (lane == 0 && sample < n) out[sample] = found.index;
+  if (lane == 0 && sample < n) {
+    if (found.index < 0) report(counters, kDamaged, sample);
+    out[sample] = found.index < 0 ? 0 : found.index;
+  }
   if (!is_last_block(counters) || lane > 0) return;
   if (root.total > 0) {
     counters->calls = call + 1;
@@ -41,7 +44,9 @@ __global__ void find_kernel(const __grid_constant__ DeviceTree tree, Counters* c
   const Root root = read_root(tree, lane);
   if (static_cast<Word>(target) < root.total) {
     const Found found = find_leaf(tree, root, static_cast<Word>(target), lane);
-    if (lane == 0) out[blockIdx.x] = found.index;
+    if (lane > 0) return;
+    if (found.index < 0) report(counters, kDamaged, target);
+    out[blockIdx.x] = found.index < 0 ? 0 : found.index;
   } else if (lane == 0) {
     report(counters, kTargetOutOfRange, target);
     out[blockIdx.x] = 0;

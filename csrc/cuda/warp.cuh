@@ -22,4 +22,9 @@ __device__ inline Word prefix_sum(Word x, int lane) {
   return x;
 }
 
+// The first lane of a ballot (a mask of lanes), or -1 if the ballot is empty.
+__device__ inline int first_lane(unsigned ballot) {
+  return ballot == 0 ? -1 : __ffs(static_cast<int>(ballot)) - 1;
+}
+
 }  // namespace fastreplay
