@@ -56,8 +56,9 @@ struct Priorities {
   bool doubles;
   int64_t n;
   double alpha;
-  // Whether values are TD errors. If so, p = |value| + epsilon, rows that are not drawable in
-  // `flags` are skipped, and Counters::max_leaf is kept up to date. If not, p = value.
+  // Whether values are TD errors. If so, p = |value| + epsilon, rows that take no
+  // priority by their `flags` (window.h) are skipped, and Counters::max_leaf is kept up to date. If
+  // not, p = value.
   bool errors;
   double epsilon;
   const uint8_t* flags;
