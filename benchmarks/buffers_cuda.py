@@ -1,55 +1,66 @@
-"""The GPU half of benchmarks/buffers.py: `python benchmarks/buffers.py --device cuda`.
+"""Replay buffers on a GPU.
 
-Frames and priorities on the GPU, 84x84, stacks of 4, prioritized, --capacity transitions, beside
-TorchRL's and Flashbax's buffers on the GPU, where they are installed, plain torch indexing of whole
-stacks, and cumsum + searchsorted. The limits are a copy on the device, a copy over the bus, and a
-CUDA graph of empty kernels. Each side is a process of its own, and is recorded as soon as it is
-done.
+    python benchmarks/buffers.py --device cuda --capacity 1000000    fastreplay beside its peers
+    python benchmarks/buffers_cuda.py --kernels tuned reference      its kernels beside plain ones
+
+The first compares a prioritized replay of 84x84 frames and stacks of 4 with those of TorchRL and
+Flashbax (where they are installed), with torch indexing of whole stacks, and with cumsum +
+searchsorted. The lower bounds are a copy on the device, a copy over the bus, and a CUDA graph of
+empty kernels. Each side runs in a process of its own and is recorded when it is done.
+
+The second times each operation of fastreplay with its tuned kernels and with the plain ones of
+csrc/cuda/reference.cu, in turns in one process: a tuned kernel that is not faster should go.
 
 A time is that of many calls in a row that end with one synchronisation, divided by their number:
-what a training loop pays that does not wait for each. `captured` is the same as one CUDA graph.
+what a training loop pays that does not wait for each call. `captured` is the same as a CUDA graph.
 """
 
+import argparse
 import itertools
 import os
+import sys
 import time
 
 import numpy as np
 import torch
 from buffer_peers import Flashbax, Stream
+from machine import describe, write_record
 
 FRAME_BYTES = 84 * 84
 STACK = 4
 NUM_ENVS = 8
 CYCLE = 32
 SIZES = (32, 256, 4096)
-# Filling it takes longest; what a sample costs does not depend on how full it is.
+# Filling Flashbax's buffer takes long, and the cost of a sample does not depend on how full it is.
 FLASHBAX_CAPACITY, FLASHBAX_ROWS = 100_000, 20_000
 
 
-def blocks_of(call, args):
-    """Seconds a call, one number for each of `args.repeats` blocks."""
-    for _ in range(10):
-        call()
+def seconds_per_call(call, n):
+    """The mean over n calls that end with one synchronisation."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    call()
+    for _ in range(n):
+        call()
     torch.cuda.synchronize()
-    once = time.perf_counter() - start
-    calls = int(min(2000, max(20, args.seconds / args.repeats / max(once, 1e-6))))
-    blocks = []
-    for _ in range(args.repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-        blocks.append([(time.perf_counter() - start) / calls])
-    return blocks
+    return (time.perf_counter() - start) / n
+
+
+def calls_per_block(call, args):
+    """Calls of a block of about args.seconds / args.repeats seconds, 20 to 2000. Warms up."""
+    for _ in range(10):
+        call()
+    once = seconds_per_call(call, 1)
+    return int(min(2000, max(20, args.seconds / args.repeats / max(once, 1e-6))))
+
+
+def blocks_of(call, args):
+    """Seconds per call: a list of one number for each of `args.repeats` blocks."""
+    n = calls_per_block(call, args)
+    return [[seconds_per_call(call, n)] for _ in range(args.repeats)]
 
 
 def captured(call):
-    """`call` as a CUDA graph: a function that launches it."""
+    """Captures `call` as a CUDA graph. Returns a function that launches the graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -63,7 +74,7 @@ def captured(call):
 
 
 def rows(random):
-    """Arguments of add() for ever, of frames made before the clock runs."""
+    """Yields arguments of add() without end. Frames are generated before, not while timed."""
     frames = random.integers(0, 256, (64, NUM_ENVS, 84, 84), dtype=np.uint8)
     actions = random.integers(0, 18, NUM_ENVS)
     rewards = random.normal(size=NUM_ENVS).astype(np.float32)
@@ -86,7 +97,7 @@ def filled_replay(args, capacity=None, prioritized=True, **options):
 
 
 def measure_fastreplay(args):
-    small, _ = filled_replay(args, capacity=800, n_step=3)  # loads what is loaded but once
+    small, _ = filled_replay(args, capacity=800, n_step=3)  # loads the modules of both
     small.sample(32)
     del small
     torch.cuda.synchronize()
@@ -113,10 +124,10 @@ def measure_fastreplay(args):
 
 
 def measure_gather(args):
-    """Uniform draws of stack + 1 = 5 frames each, beside a copy of as many bytes.
+    """Uniform samples of stack + 1 = 5 frames each, beside a copy of as many bytes.
 
-    On the device, copies of a small batch stay in the cache: a limit that no gather from a large
-    replay can reach.
+    Copies of a small batch on the device stay in the L2 cache, so that bound is out of reach for a
+    gather from a large replay.
     """
     result = {}
     for storage in ("device", "host"):
@@ -145,7 +156,7 @@ def gathered_bytes(n):
 
 
 def measure_empty_graph(args):
-    """A graph of two kernels that do nothing: what a captured sample and update cost at least."""
+    """A graph of two empty kernels: the lower bound of a captured sample and update."""
 
     def nothing():
         torch.cuda._sleep(0)
@@ -181,7 +192,7 @@ def measure_torchrl(args):
 
 
 def measure_flashbax(args):
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch wants memory too
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to torch
     import jax
 
     if not any(device.platform == "gpu" for device in jax.devices()):
@@ -190,7 +201,7 @@ def measure_flashbax(args):
     class OnGpu(Flashbax):
         device = "gpu"
 
-        def update(self, batch, td_error):  # waits for nothing, like the others
+        def update(self, batch, td_error):  # asynchronous, as the other sides are
             self.state = self.update_jit(self.state, batch[2].indices, td_error)
 
     buffer, stream = OnGpu(min(args.capacity, FLASHBAX_CAPACITY)), Stream(NUM_ENVS)
@@ -207,7 +218,7 @@ def measure_flashbax(args):
 
 
 def measure_indexing(args):
-    """Uniform draws of whole stacks that lie on the GPU, as a tensor is indexed."""
+    """Uniform samples of whole stacks on the GPU by tensor indexing."""
     obs = torch.zeros((args.capacity, STACK, 84, 84), dtype=torch.uint8, device="cuda")
     result = {}
     for n in SIZES:
@@ -221,7 +232,7 @@ def measure_indexing(args):
 
 
 def measure_trees(args):
-    """Draws and updates of trees of 2^20 and 2^24 leaves; a new priority each time."""
+    """Draws from and updates of trees of 2^20 and 2^24 leaves; updates change the priorities."""
     from fastreplay import SumTree
 
     result = {}
@@ -246,11 +257,11 @@ def measure_trees(args):
 
             ends = [torch.full((), end, dtype=torch.int64, device="cuda") for end in (0, size)]
 
-            def scan(n, peer=peer, ends=ends):  # as its sampler calls it: nothing waits
+            def scan(n, peer=peer, ends=ends):  # as its sampler does, without synchronisation
                 return peer.scan_lower_bound(torch.rand(n, device="cuda") * peer.query(*ends))
 
             sides["TorchRL"] = (scan, peer.__setitem__)
-        except Exception as error:  # the wheel has no CUDA tree
+        except Exception as error:  # wheels without the CUDA tree
             result[f"TorchRL 2^{power}"] = f"not measured: {error}"
         for side, (sample, update) in sides.items():
             for n in SIZES:
@@ -278,17 +289,18 @@ SIDES = {
     "TorchRL, on the GPU": measure_torchrl,
     "Flashbax, on the GPU": measure_flashbax,
 }
-OWN = ("fastreplay", "graph of two empty kernels", "gather", "trees")  # must be measured
+OWN = ("fastreplay", "graph of two empty kernels", "gather", "trees")  # an error if they fail
 
 
-def middle(blocks):
+def median_us(blocks):
+    """The median of all blocks, in microseconds."""
     return float(np.median(np.concatenate(blocks))) * 1e6
 
 
 def table(sides):
-    """Markdown: what matters, then everything that was measured."""
+    """Markdown: the ratios, then every median."""
     results = {name: row["result"] for name, row in sides.items() if "result" in row}
-    lines = ["# Replay on the GPU", "", *ratios(results), "", "Median microseconds a call.", ""]
+    lines = ["# Replay on the GPU", "", *ratios(results), "", "Median microseconds per call.", ""]
     lines += ["| side | what | microseconds |", "|---|---|---:|"]
     for side, row in sides.items():
         if "error" in row:
@@ -297,18 +309,18 @@ def table(sides):
             if isinstance(value, str):
                 lines.append(f"| {side} | {what} | {value} |")
             elif isinstance(value, list):
-                lines.append(f"| {side} | {what} | {middle(value):.2f} |")
+                lines.append(f"| {side} | {what} | {median_us(value):.2f} |")
             else:
-                lines.append(f"| {side} | {what} a transition | {value:.1f} |")
+                lines.append(f"| {side} | {what} per transition | {value:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def ratios(results):
-    """Sentences about the sides that were measured."""
+    """Yields a Markdown line for each comparison; nan where a side was not measured."""
 
     def of(side, what):
         value = results.get(side, {}).get(what)
-        return middle(value) if isinstance(value, list) else float("nan")
+        return median_us(value) if isinstance(value, list) else float("nan")
 
     own, gather, trees = "fastreplay", "gather", "trees"
     cycle, captured_cycle = of(own, "cycle 32"), of(own, "captured cycle 32")
@@ -324,10 +336,115 @@ def ratios(results):
             f"- Gather of 4096 from {storage} storage: {copy / seconds:.0%} of a plain copy's rate "
             f"({rate:.0f} GB/s out)."
         )
-    yield f"- Bytes of the GPU a transition: {results.get(own, {}).get('bytes', float('nan')):.1f}."
+    size = results.get(own, {}).get("bytes", float("nan"))
+    yield f"- Bytes of GPU memory per transition: {size:.1f}."
     for power, kind, n in itertools.product((20, 24), ("sample", "set"), SIZES):
         mine = of(trees, f"fastreplay 2^{power} {kind} {n}")
         peers = (("TorchRL", "TorchRL's"), ("cumsum + searchsorted", "cumsum + searchsorted"))
         found = [(words, of(trees, f"{name} 2^{power} {kind} {n}") / mine) for name, words in peers]
         said = ", ".join(f"{times:.2f} times as fast as {words}" for words, times in found)
         yield f"- Tree of 2^{power}, {kind} {n}: {said}."
+
+
+# ------------------------------------------------------------------- tuned and reference kernels
+
+# Name, and options of the replay: what `sample` is timed with.
+SAMPLES = {
+    "uint8, prioritized": {},
+    "uint8, uniform": {"prioritized": False},
+    "uint8, 3-step": {"n_step": 3},
+    "float32, 3-step": {"n_step": 3, "output_dtype": torch.float32},
+    "bfloat16, channels last": {
+        "output_dtype": torch.bfloat16,
+        "memory_format": torch.channels_last,
+    },
+}
+
+
+def kernel_calls(args, sizes=SIZES, leaves=2**20):
+    """Yields (operation, batch size, call) for every operation that has two kernels."""
+    from fastreplay import SumTree
+
+    for name, options in SAMPLES.items():
+        replay, source = filled_replay(args, **options)
+        if not options:
+            row = [torch.as_tensor(column).cuda() for column in next(source)]
+            yield "add, prioritized", NUM_ENVS, lambda r=replay, row=row: r.add(*row)
+        for n in sizes:
+            batch = replay.sample(n)
+            yield f"sample, {name}", n, lambda r=replay, n=n, b=batch: r.sample(n, out=b)
+        replay.check()
+        del replay, source, batch  # before the next one is filled
+    tree = SumTree(leaves, device="cuda")
+    tree.set(torch.arange(leaves).cuda(), torch.rand(leaves).cuda())
+    total = tree.total()
+    for n in sizes:
+        indices, targets = torch.randint(leaves, (n,)).cuda(), torch.randint(total, (n,)).cuda()
+        priorities, out = torch.rand(n).cuda(), torch.empty(n, dtype=torch.int64, device="cuda")
+        yield f"tree of {leaves}, draw", n, lambda n=n, out=out: tree.sample(n, out=out)
+        yield f"tree of {leaves}, find", n, lambda t=targets, out=out: tree.find(t, out=out)
+        yield f"tree of {leaves}, set", n, lambda i=indices, p=priorities: tree.set(i, p)
+    tree.check_valid()
+
+
+def compare_kernels(args, calls):
+    """Times every call with each of args.kernels, as CUDA graphs, one block of each in turn.
+
+    -> [{"operation", "batch size", "seconds": {kernels: [seconds per call of each block]}}]
+    """
+    from fastreplay._device import Place
+
+    module, results = Place("cuda").module, []
+    for operation, n, call in calls:
+        graphs, blocks = {}, {}
+        for kernels in args.kernels:
+            module.use_kernels(kernels)
+            graphs[kernels] = captured(call)
+            blocks[kernels] = calls_per_block(graphs[kernels], args)
+        module.use_kernels("tuned")
+        seconds = {kernels: [] for kernels in args.kernels}
+        for _ in range(args.repeats):
+            for kernels, graph in graphs.items():
+                seconds[kernels].append(seconds_per_call(graph, blocks[kernels]))
+        results.append({"operation": operation, "batch size": n, "seconds": seconds})
+    return results
+
+
+def kernel_table(results, kernels):
+    """Markdown: median, lowest and highest block of each; ratios are to the first of `kernels`."""
+    lines = ["# Kernels of fastreplay", ""]
+    lines += ["Microseconds per call as a CUDA graph: median (lowest to highest block)."]
+    ratios = [f"{other} / {kernels[0]}" for other in kernels[1:]]
+    lines += ["", f"| operation | batch size | {' | '.join([*kernels, *ratios])} |"]
+    lines += ["|---|---:|" + "---:|" * (len(kernels) + len(ratios))]
+    for row in results:
+        blocks = [np.array(row["seconds"][name]) * 1e6 for name in kernels]
+        medians = [np.median(x) for x in blocks]
+        cells = [f"{m:.2f} ({x.min():.2f} to {x.max():.2f})" for m, x in zip(medians, blocks)]
+        cells += [f"{m / medians[0]:.2f}" for m in medians[1:]]
+        lines += [f"| {row['operation']} | {row['batch size']} | {' | '.join(cells)} |"]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Times fastreplay's CUDA kernels side by side.")
+    names = ("tuned", "reference")
+    parser.add_argument("--kernels", nargs="+", choices=names, default=names, help="which to time")
+    parser.add_argument("--capacity", type=int, default=200_000, help="transitions of a replay")
+    parser.add_argument("--repeats", type=int, default=5, help="blocks of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each measurement, about")
+    parser.add_argument("--record", help="folder for results.json and README.md")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no GPU: torch.cuda.is_available() is False")
+    if args.record:
+        describe()  # refuses a checkout that cannot be recorded before anything is measured
+    results = compare_kernels(args, kernel_calls(args))
+    table = kernel_table(results, args.kernels)
+    print(table)
+    if args.record:
+        write_record(args.record, {"kernels": results}, table)
+
+
+if __name__ == "__main__":
+    main()

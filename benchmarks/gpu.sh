@@ -1,83 +1,164 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of at most 10 minutes: builds fastreplay, runs the
-# tests that need a GPU, compute-sanitizer over every kernel, the benchmarks, and a training of
-# ddqn_atari.py with either replay. Wants nvcc, and CleanQ's requirements and test extra.
+# Everything that needs a GPU, in one command of at most 10 minutes. Needs nvcc, an NVIDIA GPU, a
+# clean checkout, and CleanQ's requirements with the test extra.
 #
-#   benchmarks/gpu.sh benchmarks/records/2026-01-01_gpu            the folder of the record
-#   benchmarks/gpu.sh benchmarks/records/2026-01-01_gpu tests buffers       only these steps
+#   benchmarks/gpu.sh benchmarks/records/2026-01-01_gpu                   all steps, in this order:
 #
-# PYTHON names the interpreter, SECONDS_IN_ALL the limit (default 570). A step that fails, or finds
-# no time left, is named at the end, and the others run all the same.
+#     build        fastreplay with CUDA, into build/gpu
+#     tests        the tests that need a GPU
+#     kernels      each tuned kernel and its plain reference, timed side by side
+#     memcheck     compute-sanitizer over every kernel: accesses,
+#     racecheck        races in shared memory,
+#     initcheck        reads of uninitialised memory,
+#     synccheck        barriers
+#     train        a short training of ddqn_atari.py with the replay on the GPU
+#     buffers      fastreplay beside other replay buffers on the GPU
+#     throughput   agent steps per second of ddqn_atari.py with either replay
+#     runs         the tests that train on the GPU, checkpoint and resume
+#
+#   benchmarks/gpu.sh benchmarks/records/2026-01-01_gpu build kernels     only these steps
+#
+# The record folder gets a log of each step and a README.md with their commands and results. Each
+# step has a time limit, which shrinks when the steps before it were slow, but not below what is
+# reserved for it. A step that fails does not stop the others, except build.
+#
+# PYTHON: the interpreter. SECONDS_IN_ALL: the limit of all steps, default 570. COMMIT: the commit of
+# sources that are not in a git repository.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-$(command -v python || command -v python3)}
-record=${1:?the folder of the record}
+total=${SECONDS_IN_ALL:-570}
+
+steps=(build tests kernels memcheck racecheck initcheck synccheck train buffers throughput runs)
+declare -A reserved=([build]=60 [tests]=60 [kernels]=40 [memcheck]=35 [racecheck]=35 [initcheck]=30
+  [synccheck]=30 [train]=40 [buffers]=90 [throughput]=50 [runs]=40) # seconds, 510 in all
+declare -A most=([build]=150 [tests]=120 [kernels]=90 [memcheck]=70 [racecheck]=70 [initcheck]=60
+  [synccheck]=60 [train]=90 [buffers]=170 [throughput]=90 [runs]=90)
+
+(($# > 0)) || { echo "usage: benchmarks/gpu.sh RECORD_FOLDER [STEP...]" >&2 && exit 2; }
+record=$1
 shift
-wanted=" ${*:-build tests runs memcheck racecheck initcheck buffers training synccheck} "
-limit=${SECONDS_IN_ALL:-570}
-mkdir -p "$record"
-failed=()
+wanted=("${steps[@]}")
+(($# > 0)) && wanted=("$@")
+for name in "${wanted[@]}"; do
+  [[ -v "most[$name]" ]] || { echo "error: no step $name; steps: ${steps[*]}" >&2 && exit 2; }
+done
+is_wanted() { [[ " ${wanted[*]} " == *" $1 "* ]]; }
 
-finish() {
-  {
-    echo "# On a GPU"
-    echo
-    echo "\`benchmarks/gpu.sh\`, steps:$wanted(the log of each lies here). Failed: ${failed[*]:-none}."
-    echo
-    "$python" -c "import torch; print('-', torch.cuda.get_device_name(), 'torch', torch.__version__)" \
-      2>/dev/null
-  } >"$record/README.md"
-  sed -i -E "s#$PWD/##g; s#/[^ :\"']*/(site-packages|dist-packages)/##g" "$record"/*.log
-  cat "$record/README.md"
-}
-trap finish EXIT
-
-step() { # NAME SECONDS COMMAND...: its output goes to the screen and to NAME.log
-  local name=$1 seconds=$2 left=$((limit - SECONDS))
-  shift 2
-  [[ $wanted == *" $name "* ]] || return 0
-  ((left < seconds)) && seconds=$left
-  echo "== $name, at $SECONDS s"
-  if ((seconds < 10)); then
-    failed+=("$name (no time left)")
-    return 1
+if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+  if [[ -n $(git status --porcelain --untracked-files=no) ]]; then
+    echo "error: the checkout has uncommitted changes; a record needs a commit. Commit them first." >&2
+    exit 1
   fi
-  timeout -k 5 "$seconds" "$@" 2>&1 | tee "$record/$name.log" && return 0
-  failed+=("$name")
-  return 1
-}
-
-export FASTREPLAY_CUDA=1 PYTHONUNBUFFERED=1
-step build 150 "$python" setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib
-export PYTHONPATH="$PWD/build/gpu/lib${PYTHONPATH:+:$PYTHONPATH}"
-if ! "$python" -c 'import fastreplay as f, sys; sys.exit(f.cuda_problem() or 0)'; then
-  failed+=("all: fastreplay cannot use this machine's GPU")
+elif [[ -z ${COMMIT:-} ]]; then
+  echo "error: no git repository here; set COMMIT to the commit of these sources." >&2
   exit 1
 fi
 
-pytest=("$python" -m pytest -v --no-header --tb=short -rfE -m gpu -p no:cacheprovider)
-step tests 120 "${pytest[@]}" tests/test_cuda.py tests/test_sum_tree.py tests/test_frame_replay.py
-step runs 60 "${pytest[@]}" tests/test_learning.py
+mkdir -p "$record" || exit
+rows=()
+failed=()
 
-# Without torch's cache every tensor has an allocation of its own, whose ends are known.
-check() { # TOOL OPTIONS...
-  local tool=$1
+# Removes this machine's paths. `here` is $PWD as a regular expression.
+here=$(printf '%s' "$PWD" | sed 's/[][\.*^$+?(){}|#]/\\&/g')
+without_paths() {
+  sed -u -E "s#$here/##g; s#/[^ :\"']*/(site-packages|dist-packages|bin)/##g; s# +\$##"
+}
+
+# step NAME COMMAND...: runs a command within its time limit. Its output goes to the screen and to
+# NAME.log, its result to the table.
+step() {
+  local name=$1 later=0 is_after=0 other limit left start=$SECONDS status result command
   shift
-  step "$tool" 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")" \
-    --tool "$tool" --error-exitcode 1 "$@" "$python" benchmarks/gpu_check.py
+  is_wanted "$name" || return 0
+  for other in "${steps[@]}"; do
+    ((is_after)) && is_wanted "$other" && ((later += reserved[$other]))
+    [[ $other == "$name" ]] && is_after=1
+  done
+  left=$((total - SECONDS))
+  limit=$((left - later))
+  ((limit < reserved[$name])) && limit=${reserved[$name]}
+  ((limit > left)) && limit=$left
+  ((limit > most[$name])) && limit=${most[$name]}
+  command=$(printf '%q ' "$@" | without_paths)
+  echo "== $name, at $SECONDS s, limit $limit s"
+  if ((limit < 10)); then
+    result="not run: no time left"
+    status=1
+  else
+    {
+      echo "\$ $command"
+      timeout -k 5 "$limit" "$@" 2>&1
+      status=$?
+      echo "exit status $status"
+      exit "$status"
+    } | without_paths | tee "$record/$name.log"
+    status=${PIPESTATUS[0]}
+    case $status in
+      0) result=passed ;;
+      124 | 137) result="stopped at its limit of $limit s" ;;
+      *) result="failed, exit status $status" ;;
+    esac
+  fi
+  rows+=("| $name | $result | $((SECONDS - start)) | \`$command\` |")
+  ((status == 0)) || failed+=("$name")
+  return "$status"
+}
+
+write_readme() {
+  {
+    echo "# On a GPU"
+    echo
+    "$python" -c "import sys; sys.path.insert(0, 'benchmarks')
+from machine import describe
+for key, value in describe().items():
+    if key != 'command':
+        print(f'- {key}: {value}')" 2>/dev/null || echo "- machine: not described"
+    echo
+    echo "\`benchmarks/gpu.sh\`, steps ${wanted[*]}. Failed: ${failed[*]:-none}."
+    echo
+    echo "| step | result | seconds | command |"
+    echo "|---|---|---:|---|"
+    ((${#rows[@]} == 0)) || printf '%s\n' "${rows[@]}"
+  } >"$record/README.md"
+  cat "$record/README.md"
+}
+trap write_readme EXIT
+
+export FASTREPLAY_CUDA=1 PYTHONUNBUFFERED=1
+step build "$python" setup.py --quiet build --build-base build/gpu --build-lib build/gpu/lib || exit
+export PYTHONPATH="$PWD/build/gpu/lib${PYTHONPATH:+:$PYTHONPATH}"
+if ! "$python" -c 'import fastreplay as f, sys; sys.exit(f.cuda_problem() or 0)'; then
+  failed+=("every other step: fastreplay cannot use this machine's GPU")
+  exit 1
+fi
+
+pytest=("$python" -m pytest -v --no-header --tb=short -rfE -p no:cacheprovider -m gpu)
+step tests "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_sum_tree.py \
+  tests/test_frame_replay.py
+step kernels "$python" benchmarks/buffers_cuda.py --kernels tuned reference \
+  --record "$record/kernels"
+
+sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+# Without torch's cache, every tensor is an allocation of its own with known bounds.
+check() { # TOOL OPTIONS...
+  step "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 1 \
+    "${@:2}" "$python" benchmarks/gpu_check.py
 }
 own=(--kernel-name kernel_substring=fastreplay)
 check memcheck --padding 512 --report-api-errors no "${own[@]}"
 check racecheck "${own[@]}"
-check initcheck # what torch's own kernels write counts, too
-
-step buffers 170 "$python" benchmarks/buffers.py --device cuda --capacity 1000000 --seconds 0.4 \
-  --record "$record/buffers"
-
-step training 90 "$python" benchmarks/throughput.py --task atari --alone --seconds 4 --repeats 3 \
-  --variants "script=ddqn_atari device=cuda buffer=cuda" "script=ddqn_atari device=cuda buffer=numpy" \
-  --record "$record/training"
-
+check initcheck # all kernels: torch's initialise memory, too
 check synccheck "${own[@]}"
-[ ${#failed[@]} -eq 0 ]
+
+step train "$python" algos/ddqn_atari.py --device cuda --buffer cuda --env-id BreakoutNoFrameskip-v4 \
+  --total-timesteps 20000 --learning-starts 2000 --buffer-size 20000 \
+  --eval-frequency 0 --eval-episodes 1
+step buffers "$python" benchmarks/buffers.py --device cuda --capacity 1000000 --seconds 0.4 \
+  --record "$record/buffers"
+step throughput "$python" benchmarks/throughput.py --task atari --alone --seconds 4 --repeats 3 \
+  --variants "script=ddqn_atari device=cuda buffer=cuda" \
+  "script=ddqn_atari device=cuda buffer=numpy" --record "$record/throughput"
+step runs "${pytest[@]}" tests/test_learning.py
+
+((${#failed[@]} == 0))

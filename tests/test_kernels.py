@@ -5,11 +5,12 @@ emulation, and on a GPU where there is one.
 """
 
 import importlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CUDA
+from conftest import ALGOS, CUDA
 from emulated import RealCuda
 from test_frame_replay import Games, adversarial
 
@@ -300,6 +301,23 @@ def test_the_switch_selects_other_launches(module, emulation, request):
         assert module.use_kernels("reference") == "tuned"
         assert launches(call) == reference, name
         assert module.use_kernels("tuned") == "reference"
+
+
+def test_the_benchmark_times_both_kernels_of_every_operation(module, cuda, monkeypatch):
+    monkeypatch.syspath_prepend(ALGOS.parent / "benchmarks")
+    bench = importlib.import_module("buffers_cuda")
+    monkeypatch.setattr(bench, "calls_per_block", lambda call, args: 1)
+    if not isinstance(cuda, RealCuda):
+        monkeypatch.setattr(torch.cuda, "synchronize", cuda.synchronize)
+        monkeypatch.setattr(bench, "captured", cuda.captured)
+    args = SimpleNamespace(kernels=["tuned", "reference"], capacity=64, repeats=2)
+    results = bench.compare_kernels(args, bench.kernel_calls(args, sizes=(2,), leaves=100))
+    assert module.use_kernels("tuned") == "tuned"
+    table = bench.kernel_table(results, args.kernels)
+    for name in ("add, prioritized | 8", "sample, uint8, 3-step | 2", "tree of 100, set | 2"):
+        assert f"| {name} | " in table
+    assert len(results) == len(bench.SAMPLES) + 4
+    assert all(len(x) == 2 and min(x) > 0 for row in results for x in row["seconds"].values())
 
 
 def test_an_unknown_name_is_refused(module):

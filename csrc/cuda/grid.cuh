@@ -39,7 +39,7 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream_
 #ifdef __CUDACC__
   kernel<<<blocks, threads, 0, stream>>>(arguments...);
 #else
-  emulation::launch(kernel, blocks, threads, stream, arguments...);
+  emulation::launch_grid(kernel, blocks, threads, stream, arguments...);
 #endif
   check_cuda(cudaGetLastError(), "a kernel launch");
 }
