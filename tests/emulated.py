@@ -115,6 +115,10 @@ class Cuda:
         weakref.finalize(launch, self.library.emulation_free, graph)
         return launch
 
+    def fork(self, stream):
+        """Makes another stream part of the capture of the current one."""
+        self.call("fork", ctypes.c_void_p(stream))
+
     def quietly(self):
         """Keeps the current stream busy. -> whether nothing waited or allocated since."""
         before = self.library.emulation_waits(), self.tensors
@@ -155,6 +159,9 @@ class RealCuda:
         with torch.cuda.graph(graph):
             work()
         return graph.replay
+
+    def fork(self, stream):
+        stream.wait_stream(torch.cuda.current_stream())
 
     def quietly(self):
         def allocated():

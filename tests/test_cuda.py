@@ -455,6 +455,67 @@ def test_streams_used_in_any_order(cuda):
     assert equal_states(cpu.state_dict(), replay.state_dict())
 
 
+def test_launches_of_graphs_and_other_calls_on_any_streams(cuda):
+    """The learner and, in half of the steps, the actor are graphs; nobody orders the streams."""
+    cpu, replay = pair(60, (4, 8), steps=40, prioritized=True, n_step=2)
+    streams = [cuda.stream() for _ in range(3)] + [None]
+    out = replay._empty_batch(32)
+
+    def learn():
+        replay.sample(32, out=out)
+        replay.update_priorities(out.indices, out.rewards)
+
+    def learn_on_the_cpu():
+        batch = cpu.sample(32)
+        cpu.update_priorities(batch.indices, batch.rewards)
+
+    games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
+    row = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
+    row_there = tensors(row, "cuda")
+    graphs = [cuda.captured(learn), cuda.captured(lambda: replay.add(*row_there))]
+    learn_on_the_cpu(), cpu.add(*row)  # the runs before the captures
+    for step in range(40):
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            graphs[0]()
+        learn_on_the_cpu()
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            if step % 2:
+                graphs[1]()
+                cpu.add(*row)
+            else:
+                other = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
+                replay.add(*other)
+                cpu.add(*other)
+    assert equal_states(cpu.state_dict(), replay.state_dict())
+    assert equal(cpu.sample(32), replay.sample(32))
+
+
+def test_calls_of_one_graph_on_two_streams_are_refused(cuda):
+    _, replay = pair(60, steps=40)
+    side, refused = cuda.stream(), []
+    first = torch.empty(1, device="cuda")
+
+    def work():
+        replay.draw(1)
+        main = torch.cuda.current_stream() if isinstance(cuda, RealCuda) else None
+        cuda.fork(side)
+        with cuda.on(side):
+            try:
+                replay.draw(1)
+            except RuntimeError as error:
+                refused.append(str(error))
+            if main is not None:
+                first.zero_()
+        if main is not None:
+            main.wait_stream(side)
+
+    cuda.captured(work, warm=lambda: replay.draw(1))
+    assert refused == ["the calls of one replay in one CUDA graph must be captured on one stream"]
+    replay.sample(8)
+
+
 def test_many_adds_behind_a_slow_learner_overwrite_no_slot(cuda):
     cpu, replay = pair(200, (4, 8), steps=20)
     games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)

@@ -69,11 +69,20 @@ class Event {
   Event& operator=(const Event&) = delete;
 
   void record(cudaStream_t stream) {
-    check_cuda(cudaEventRecord(event_, stream), "an event record");
+    check_cuda(cudaEventRecord(event_, stream), "cudaEventRecord");
   }
   // Later work on the stream waits for the last record. Without a record, there is no wait.
   void block(cudaStream_t stream) {
     check_cuda(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
+  }
+  // The same while the stream is captured: nodes of the graph, which record and wait at each
+  // launch.
+  void record_external(cudaStream_t stream) {
+    check_cuda(cudaEventRecordWithFlags(event_, stream, cudaEventRecordExternal),
+               "cudaEventRecordWithFlags");
+  }
+  void block_external(cudaStream_t stream) {
+    check_cuda(cudaStreamWaitEvent(stream, event_, cudaEventWaitExternal), "cudaStreamWaitEvent");
   }
   // The host waits.
   void wait() {
@@ -92,27 +101,45 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// Runs the operations of one replay in program order, on whichever streams they are: an operation
-// on another stream than the last one waits for it. An operation that is captured is not ordered.
+// Runs the operations of one replay in program order, on whichever streams they are. Each records
+// an event; one on another stream than the last waits for it. A captured operation does so at each
+// launch of its graph, so that launches are ordered with other operations. Two operations in one
+// graph are ordered by their stream only: they must be on the same one.
 class StreamOrder {
  public:
-  void begin(cudaStream_t stream) {
-    if (is_capturing(stream)) return;
-    if (used_ && stream != last_) done_.block(stream);
+  // Returns whether the stream is captured.
+  bool begin(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long capture = 0;  // a number that no other capture has
+    check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
+    if (status == cudaStreamCaptureStatusNone) {
+      if (capture_ != 0 || (is_used_ && stream != last_)) done_.block(stream);
+      return false;
+    }
+    if (capture == capture_ && stream != captured_) {
+      throw std::runtime_error(
+          "the calls of one replay in one CUDA graph must be captured on one stream");
+    }
+    if (capture != capture_) done_.block_external(stream);
+    capture_ = capture;
+    captured_ = stream;
+    return true;
   }
-  void end(cudaStream_t stream) {
-    if (is_capturing(stream)) return;
+  void end(cudaStream_t stream, bool is_captured) {
+    if (is_captured) return done_.record_external(stream);
     done_.record(stream);
     last_ = stream;
-    used_ = true;
+    is_used_ = true;
   }
   // Until all operations are done. Another thread may begin and end operations meanwhile.
   void wait() { done_.wait(); }
 
  private:
-  Event done_;
+  Event done_;  // recorded by every operation
   cudaStream_t last_ = nullptr;
-  bool used_ = false;
+  bool is_used_ = false;
+  unsigned long long capture_ = 0;  // the last one; from the first on, launches may be anywhere
+  cudaStream_t captured_ = nullptr;
 };
 
 }  // namespace fastreplay

@@ -71,8 +71,10 @@ class FrameReplay:
 
     CUDA graphs: `sample`, `update_priorities` and, with tensors on the GPU, `add` can be captured.
     Each launch of the graph continues the draws and uses the current `per_beta`; other attributes
-    have the value they had at the capture. Order launches of the graph and other calls on different
-    streams yourself: the replay does not see a launch.
+    have the value they had at the capture. Launches and other calls run in program order too,
+    whatever their streams: each captured call adds event nodes to its graph, which therefore cannot
+    be the body of a conditional node. Within one graph, all calls of a replay must be captured on
+    one stream (RuntimeError). A graph must not be launched once its replay is gone.
 
     Errors that only the GPU can see (a row out of range or not drawable, a TD error that is not
     finite, nothing to draw) change nothing, and the samples concerned are all zeros. The error is

@@ -36,14 +36,16 @@ class DeviceState {
     order_ = std::make_unique<StreamOrder>();
   }
 
-  // Calls work(stream) with the device current, ordered after the operations before it.
+  // Calls work(stream) with the device current, ordered after the operations before it. Returns
+  // whether it was captured.
   template <typename Work>
-  void run(Work work) {
+  bool run(Work work) {
     const DeviceGuard guard(number_);
     const cudaStream_t stream = this->stream();
-    order_->begin(stream);
+    const bool is_captured = order_->begin(stream);
     work(stream);
-    order_->end(stream);
+    order_->end(stream, is_captured);
+    return is_captured;
   }
 
   bool is_capturing() const {
@@ -150,7 +152,8 @@ class DeviceState {
     p.doubles = pairs.values.dtype == DType::kFloat64;
     p.n = pairs.indices.n;
     if (!pairs.indices.on_cpu) {
-      return run([&](cudaStream_t stream) { launch_set(tree, counters, p, stream); });
+      run([&](cudaStream_t stream) { launch_set(tree, counters, p, stream); });
+      return;
     }
     refuse_capture();
     p.doubles = true;
@@ -317,14 +320,13 @@ class CudaRing {
         read_actions(views.actions, n, actions_.data());
       }
     }
-    const bool captured = state_->is_capturing();
-    state_->run([&](cudaStream_t stream) {
+    const bool is_captured = state_->run([&](cudaStream_t stream) {
       if (staged) stage(views, row, stream);
       launch_add(ring_, tree_, row, stream);
       if (staged) staging_->close(stream);
     });
-    captured_add_ |= captured;
-    if (!captured) stored_ = std::min(stored_ + 1, ring_.layout.rows);
+    captured_add_ |= is_captured;
+    if (!is_captured) stored_ = std::min(stored_ + 1, ring_.layout.rows);
   }
 
   // Waits for the stream until there was something to draw once.
