@@ -16,7 +16,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ARCHITECTURES = ("80", "90", "100")  # and PTX of the last, which newer ones compile at first use
+ARCHITECTURES = (
+    "75",
+    "80",
+    "90",
+    "100",
+)  # and PTX of the last, which newer ones compile at first use
 WANTED = os.environ.get("FASTREPLAY_CUDA", "auto")
 
 

@@ -22,7 +22,7 @@ fastreplay = pytest.importorskip("fastreplay")
 if not fastreplay.backends():
     pytest.skip("fastreplay is not compiled", allow_module_level=True)
 
-from fastreplay import FrameReplay, SumTree  # noqa: E402
+from fastreplay import FrameReplay, SumTree, _device, _self_check  # noqa: E402
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -261,20 +261,93 @@ def test_without_a_gpu_there_is_one_clear_error():
         FrameReplay(9, (2, 2), storage="disk")
 
 
+def frame_fault(replay, calls):
+    replay._frames[0, 3, 5] = 7
+
+
+def reward_fault(replay, calls):
+    replay._rewards[1] = 0.5
+
+
+def draw_fault(replay, calls):
+    replay._ring.seed = 99
+
+
+def priority_fault(replay, calls):  # after the last update of the first replay
+    if calls == 3:
+        replay._tree._leaves.copy_(replay._tree._leaves.cpu().flip(0))
+
+
+FAULTS = [
+    (None, None, ""),
+    ("add", frame_fault, "obs of a replay that returns torch.uint8 in torch.contiguous_format"),
+    ("add", reward_fault, "rewards of"),
+    ("add", draw_fault, "obs of"),
+    ("update_priorities", priority_fault, "priorities of"),
+]
+
+
+@pytest.mark.parametrize("method, fault, words", FAULTS)
+def test_the_self_check_finds_a_gpu_that_computes_something_else(
+    device, monkeypatch, method, fault, words
+):
+    """A fault is planted in memory after each call of a method; without one, nothing is found."""
+    calls = 0
+
+    def faulty(replay, *arguments):
+        nonlocal calls
+        good(replay, *arguments)
+        if replay.device.type == "cuda":
+            calls += 1
+            fault(replay, calls)
+
+    if fault is not None:
+        good = getattr(FrameReplay, method)
+        monkeypatch.setattr(FrameReplay, method, faulty)
+    monkeypatch.setattr(_device, "checks_emulation", True)
+    monkeypatch.setattr(_device, "_self_checks", {})
+    problem = fastreplay.cuda_problem()
+    assert words in problem and bool(problem) == bool(words) and "\n" not in problem
+    monkeypatch.setattr(_self_check, "difference", None)  # it runs once for each GPU
+    for make in (lambda: SumTree(9, device="cuda"), lambda: FrameReplay(9, (2,), device="cuda")):
+        if words:
+            with pytest.raises(RuntimeError, match=f"self-check failed.*{words}"):
+                make()
+        else:
+            make()
+
+
+def test_a_self_check_that_cannot_run_is_tried_again(device, monkeypatch):
+    def out_of_memory(where):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it.")
+
+    monkeypatch.setattr(_device, "checks_emulation", True)
+    monkeypatch.setattr(_device, "_self_checks", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(_self_check, "difference", out_of_memory)
+        assert fastreplay.cuda_problem().endswith(": CUDA out of memory.")
+    assert fastreplay.cuda_problem() == ""
+
+
 @pytest.mark.skipif("cuda" not in fastreplay.backends(), reason="needs the CUDA build")
 def test_a_gpu_that_cannot_be_used_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert fastreplay.cuda_problem() == "Some GPU has compute capability 7.5; fastreplay needs 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    assert fastreplay.cuda_problem() == "Some GPU has compute capability 7.0; fastreplay needs 7.5"
     with pytest.raises(RuntimeError, match="there is no cuda:1"):
         SumTree(9, device="cuda:1")
     module = importlib.import_module("fastreplay._cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(module, "free_memory", lambda index: 1 << 30)
+    monkeypatch.setattr(_device, "_self_checks", {0: ""})
     assert fastreplay.cuda_problem() == ""
+    monkeypatch.setattr(_device, "_self_checks", {})
+    monkeypatch.setattr(_self_check, "difference", lambda device: f"draws on {device}")
+    problem = "fastreplay's self-check failed on Some GPU: draws on cuda:0 differ from the CPU's"
+    assert fastreplay.cuda_problem().startswith(problem)
 
     def too_old(index):
         raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from types import ModuleType
 from typing import Any
 
 import torch
 
-MIN_CAPABILITY = (8, 0)  # compute capability that the kernels are compiled for
+MIN_CAPABILITY = (7, 5)  # compute capability that the kernels are compiled for
 
 # The CUDA sources compiled for the CPU. Tests set it; device="cuda" then means this module.
 emulation: ModuleType | None = None
+checks_emulation = False  # whether it goes through the self-check too
+
+_self_checks: dict[int, str] = {}  # by the GPU's index: what the self-check found, or ""
+_self_check_lock = threading.RLock()
 
 
 class Backend:
@@ -24,17 +29,17 @@ class Backend:
             self.module: Any = importlib.import_module("fastreplay._cpu")
             self.torch_device = device
             self.handle = self.module.Device(self.module.CPU_INDEX, device)
-        elif device.type == "cuda" and emulation is not None:
-            self.module, self.torch_device = emulation, torch.device("cuda", 0)
-            self.handle = emulation.Device(0, self.torch_device, emulation.current_stream)
         elif device.type == "cuda":
             problem = cuda_problem(device.index)
             if problem:
                 raise RuntimeError(problem)
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.module = importlib.import_module("fastreplay._cuda")
+            if emulation is not None:
+                index, self.module, stream = 0, emulation, emulation.current_stream
+            else:
+                index = torch.cuda.current_device() if device.index is None else device.index
+                self.module, stream = importlib.import_module("fastreplay._cuda"), current_stream()
             self.torch_device = torch.device("cuda", index)
-            self.handle = self.module.Device(index, self.torch_device, current_stream())
+            self.handle = self.module.Device(index, self.torch_device, stream)
         else:
             raise ValueError(f"device must be cpu or cuda, not {device}")
 
@@ -57,7 +62,12 @@ def cuda_problem(index: int | None = None) -> str:
     """Why device="cuda" (or the GPU of that index) cannot be used here, in one line; "" if it can.
 
     index: of the GPU; None means torch's current one.
+
+    The first call for a GPU that is otherwise usable runs a self-check, which compares a small
+    replay there with the same on the CPU.
     """
+    if emulation is not None:
+        return _self_check(0, "the emulated GPU") if checks_emulation else ""
     try:
         module = importlib.import_module("fastreplay._cuda")
     except ModuleNotFoundError:
@@ -80,7 +90,28 @@ def cuda_problem(index: int | None = None) -> str:
         module.free_memory(index)
     except RuntimeError as e:  # a driver older than the toolkit that fastreplay was built with
         return f"fastreplay cannot use {name} ({e}); install a newer driver or build with its nvcc"
-    return ""
+    return _self_check(index, name)
+
+
+def _self_check(index: int, name: str) -> str:
+    """What is wrong with the results of a GPU, in one line; "" if they are those of the CPU."""
+    with _self_check_lock:
+        if index not in _self_checks:
+            _self_checks[index] = ""  # the check itself constructs replays on this GPU
+            try:
+                found = importlib.import_module("fastreplay._self_check").difference(
+                    f"cuda:{index}"
+                )
+            except RuntimeError as e:  # such as too little memory: the next call tries again
+                del _self_checks[index]
+                line = str(e).splitlines()[0] if str(e) else type(e).__name__
+                return f"fastreplay's self-check cannot run on {name}: {line}"
+            if found:
+                _self_checks[index] = (
+                    f"fastreplay's self-check failed on {name}: {found} differ from the CPU's; "
+                    "please report it"
+                )
+        return _self_checks[index]
 
 
 def current_stream():
