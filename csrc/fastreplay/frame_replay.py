@@ -18,6 +18,7 @@ from fastreplay._state import check_equal, check_integers, check_keys, check_ten
 from fastreplay.sum_tree import SumTree
 
 DRAWABLE, ALL_FLAGS = 4, 15  # RowFlag of csrc/core/window.h: kDrawable, and all of them
+UNIFORM = "this replay is uniform: construct it with prioritized=True"
 
 
 class Batch(NamedTuple):
@@ -231,7 +232,8 @@ class FrameReplay:
         it with TD errors, take max_priority ** (1 / per_alpha) - per_epsilon. On a GPU, waits for
         it. Raises RuntimeError if the replay is not prioritized.
         """
-        self._check_prioritized()
+        if self._tree is None:
+            raise RuntimeError(UNIFORM)
         return self._ring.max_leaf / 2**20
 
     def __len__(self) -> int:
@@ -311,7 +313,8 @@ class FrameReplay:
         Raises IndexError (range), ValueError (shape, NaN, infinity) or TypeError (dtype), and
         changes nothing then; RuntimeError if the replay is not prioritized.
         """
-        self._check_prioritized()
+        if self._tree is None:
+            raise RuntimeError(UNIFORM)
         self._ring.update(indices, td_error, self.per_alpha, self.per_epsilon)
 
     def state_dict(self) -> dict[str, Any]:
@@ -387,10 +390,6 @@ class FrameReplay:
         On the CPU errors are raised at once: does nothing there.
         """
         self._ring.check()
-
-    def _check_prioritized(self) -> None:
-        if self._tree is None:
-            raise RuntimeError("this replay is uniform: construct it with prioritized=True")
 
     def _empty_batch(self, n: int) -> Batch:
         dtype, frame_shape = self.output_dtype, self.frame_shape
