@@ -1,7 +1,7 @@
-"""What only a replay on CUDA has: data that is there already, errors seen late, streams, graphs.
+"""What only a replay on CUDA has: arguments on the GPU, latched errors, streams, graphs.
 
-That it draws and builds what the CPU does is tested with the CPU, in test_sum_tree.py and
-test_frame_replay.py. Tests without a mark run on the emulation too; those with `gpu` need a GPU.
+That it draws and builds the same as the CPU is tested in test_sum_tree.py and test_frame_replay.py.
+Tests marked `gpu` need a GPU; the others run on the emulation too.
 """
 
 import importlib
@@ -30,7 +30,7 @@ one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GP
 
 @pytest.fixture(params=CUDA)
 def device(request):
-    """Where tensors of a replay with device="cuda" lie."""
+    """The device of the tensors of a replay with device="cuda"."""
     if request.param == "cuda-emulated":
         request.getfixturevalue("emulation")
         return torch.device("cuda", 0)
@@ -47,7 +47,7 @@ def cuda(device, request):
 
 
 def equal(first, second):
-    """Bit for bit, wherever they lie."""
+    """Whether tensors have equal values, on whichever device they are."""
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
 
 
@@ -65,7 +65,7 @@ def tensors(row, device):
 
 
 def pair(capacity=600, frame_shape=(2, 2), steps=50, num_envs=2, seed=0, **options):
-    """A replay on the CPU and one on CUDA that were told the same."""
+    """A replay on the CPU and one on CUDA that are given the same rows."""
     replays = [
         FrameReplay(capacity, frame_shape, num_envs, device=where, **options)
         for where in ("cpu", "cuda")
@@ -89,19 +89,19 @@ def pair(capacity=600, frame_shape=(2, 2), steps=50, num_envs=2, seed=0, **optio
         {"capacity": 10, "stack": 8, "n_step": 2},
     ],
 )
-def test_tensors_on_the_device_go_straight_in(device, options):
+def test_rows_on_the_device_are_stored_like_rows_on_the_cpu(device, options):
     cpu, cuda = pair(steps=0, **({"capacity": 60} | options))
     games, rng = Games(cpu.num_envs, np.random.default_rng(1)), np.random.default_rng(1)
     for step in range(150):
         row = games.step()
         frames, actions, rewards, terminations, starts = tensors(row, device)
-        apart = torch.stack([frames, frames + 1], dim=1)  # frames of a larger observation
+        strided = torch.stack([frames, frames + 1], dim=1)  # frames of a larger observation
         kind = step % 3
         if kind == 1:
             actions, rewards = actions.int(), rewards.double()
-        if kind == 2:  # some here, some there
+        if kind == 2:  # some columns are on the CPU
             actions, terminations = row[1], row[3]
-        cuda.add(apart[:, 0], actions, rewards, terminations, starts)
+        cuda.add(strided[:, 0], actions, rewards, terminations, starts)
         cpu.add(*row)
         if step % 10 == 9 and cpu._ring.n_drawable:
             first, second = cpu.sample(16), cuda.sample(16)
@@ -143,12 +143,12 @@ LATE = [
 
 
 @pytest.mark.parametrize("call, words", LATE)
-def test_an_error_seen_by_the_device_waits_for_check_and_changes_nothing(device, call, words):
+def test_an_error_is_latched_until_check_and_changes_nothing(device, call, words):
     cpu, cuda = pair(400, steps=40, prioritized=True)
     call(cuda, device)
     with pytest.raises((ValueError, IndexError), match=words):
         cuda.check()
-    cuda.check()  # told once
+    cuda.check()  # raised once
     assert equal_states(cpu.state_dict(), cuda.state_dict())
     assert equal(cpu.sample(32), cuda.sample(32))
 
@@ -164,7 +164,7 @@ def test_a_sample_that_cannot_be_made_is_zeros(device):
     assert batch.obs[0].any() and batch.is_weights[0] == 1
 
 
-def test_an_action_that_does_not_fit_is_told(device):
+def test_an_action_that_does_not_fit_is_reported(device):
     _, cuda = pair(40, steps=3)
     row = Games(2, np.random.default_rng(0)).step()
     cuda.add(*tensors((row[0], np.array([3, 2**40]), *row[2:]), device))
@@ -190,7 +190,7 @@ def test_states_move_between_devices(device, prioritized):
     assert equal([tree.sample(50)], [other.sample(50)])
 
 
-def test_beta_is_that_of_the_moment(device):
+def test_beta_may_be_changed_at_any_time(device):
     cpu, cuda = pair(60, steps=45, prioritized=True)
     for replay in (cpu, cuda):
         replay.update_priorities(np.arange(20), np.arange(20.0))
@@ -203,7 +203,7 @@ def test_beta_is_that_of_the_moment(device):
 
 
 @pytest.mark.parametrize("storage", ["host", "device", "auto"])
-def test_where_frames_lie(device, storage, monkeypatch):
+def test_storage_of_frames(device, storage, monkeypatch):
     cpu, cuda = pair(100, (84, 84), steps=60, storage=storage)
     assert cuda.storage == ("device" if storage == "auto" else storage)
     assert cuda._frames.device == (torch.device("cpu") if storage == "host" else device)
@@ -223,7 +223,7 @@ def test_where_frames_lie(device, storage, monkeypatch):
         FrameReplay(100, (84, 84), device="cuda", storage="device")
 
 
-def test_results_and_memory_lie_on_the_device(device):
+def test_results_and_memory_are_on_the_device(device):
     _, cuda = pair(60, steps=45, prioritized=True)
     assert cuda.device.type == device.type
     assert all(tensor.device == device for tensor in cuda.sample(4))
@@ -364,7 +364,7 @@ def frames_of(rng, num_envs=2, shape=(84, 84)):
     return rng.integers(0, 256, (num_envs, *shape), dtype=np.uint8)
 
 
-def test_staging_waits_for_the_zeros_that_torch_puts_there(cuda):
+def test_staging_waits_until_torch_has_zeroed_its_memory(cuda):
     cuda.slowly()
     tree = SumTree(1000, device="cuda")
     tree.set(np.arange(1000), np.ones(1000))
@@ -380,7 +380,7 @@ def test_staging_waits_for_the_zeros_that_torch_puts_there(cuda):
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_a_replayed_graph_draws_anew_and_equals_eager(cuda, prioritized):
+def test_each_launch_of_a_graph_draws_anew_and_equals_eager_calls(cuda, prioritized):
     shape = (4, 8)
     cpu, replay = pair(600, shape, steps=200, prioritized=prioritized)
     out, errors = replay._empty_batch(32), torch.zeros(32, device="cuda")
@@ -447,7 +447,7 @@ def test_what_cannot_be_captured_is_refused(cuda):
                 call()
             except RuntimeError as error:
                 refused.append("graph" in str(error))
-        replay.draw(1)  # a capture of something
+        replay.draw(1)  # so that the graph is not empty
 
     cuda.captured(work, warm=lambda: replay.draw(1))
     assert refused == [True] * len(calls)
@@ -455,7 +455,7 @@ def test_what_cannot_be_captured_is_refused(cuda):
 
 
 def test_a_capture_leaves_other_streams_alone(cuda):
-    """Data of the CPU for one replay, and waits, while a graph of another is being captured."""
+    """One replay is given data of the CPU, and waits, during a graph capture of another."""
     cpu, replay = pair(60, steps=20)
     _, other = pair(60, steps=20)
     games, side = Games(2, np.random.default_rng(1)), cuda.stream()
@@ -478,11 +478,11 @@ def test_nothing_allocates_or_waits(cuda):
     out, errors = replay._empty_batch(256), torch.rand(256, device="cuda")
     rng = np.random.default_rng(0)
     row = (frames_of(rng, shape=(4, 8)), *Games(2, rng).step()[1:])
-    there = tensors(row, "cuda")
+    row_on_gpu = tensors(row, "cuda")
 
     def everything():
         replay.add(*row)
-        replay.add(*there)
+        replay.add(*row_on_gpu)
         replay.sample(256, out=out)
         replay.update_priorities(out.indices, errors)
         replay.update_priorities(np.arange(10), np.ones(10))
@@ -498,7 +498,7 @@ def test_nothing_allocates_or_waits(cuda):
 
 
 def test_streams_used_in_any_order(cuda):
-    """Each operation is held up on its own stream; the next, elsewhere, still sees what it did."""
+    """Each call is delayed on its own stream; the next one, on another, still sees its effect."""
     cpu, replay = pair(60, (4, 8), steps=20, prioritized=True)
     streams = [cuda.stream() for _ in range(3)] + [None]
     games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
@@ -509,16 +509,16 @@ def test_streams_used_in_any_order(cuda):
         steps.append((row, tensors(row, "cuda") if step % 2 else row, errors, errors.cuda()))
     replay.check()
     compared = []
-    for row, row_there, errors, errors_there in steps:
+    for row, row_on_gpu, errors, errors_on_gpu in steps:
         with cuda.on(streams[rng.integers(4)]):
             cuda.slowly()
-            replay.add(*row_there)
+            replay.add(*row_on_gpu)
         with cuda.on(streams[rng.integers(4)]):
             cuda.slowly()
             batch = replay.sample(32)
         with cuda.on(streams[rng.integers(4)]):
             cuda.slowly()
-            replay.update_priorities(batch.indices, errors_there)
+            replay.update_priorities(batch.indices, errors_on_gpu)
         cpu.add(*row)
         expected = cpu.sample(32)
         cpu.update_priorities(expected.indices, errors)
@@ -529,7 +529,7 @@ def test_streams_used_in_any_order(cuda):
 
 
 def test_launches_of_graphs_and_other_calls_on_any_streams(cuda):
-    """The learner and, in half of the steps, the actor are graphs; nobody orders the streams."""
+    """The learner is a graph, the actor in half of the steps; the caller orders no streams."""
     cpu, replay = pair(60, (4, 8), steps=40, prioritized=True, n_step=2)
     streams = [cuda.stream() for _ in range(3)] + [None]
     out = replay._empty_batch(32)
@@ -544,8 +544,8 @@ def test_launches_of_graphs_and_other_calls_on_any_streams(cuda):
 
     games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
     row = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
-    row_there = tensors(row, "cuda")
-    graphs = [cuda.captured(learn), cuda.captured(lambda: replay.add(*row_there))]
+    row_on_gpu = tensors(row, "cuda")
+    graphs = [cuda.captured(learn), cuda.captured(lambda: replay.add(*row_on_gpu))]
     learn_on_the_cpu(), cpu.add(*row)  # the runs before the captures
     for step in range(40):
         with cuda.on(streams[rng.integers(4)]):
@@ -597,15 +597,15 @@ def test_many_adds_behind_a_slow_learner_overwrite_no_slot(cuda):
         row = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
         replay.add(*row)
         cpu.add(*row)
-        row[0][:] = 0  # the caller's memory is its own again
+        row[0][:] = 0  # after add() the caller may change its memory
     assert equal_states(cpu.state_dict(), replay.state_dict())
 
 
-def test_a_replay_may_go_before_its_work_is_done(cuda):
+def test_a_replay_may_be_deleted_before_its_work_is_done(cuda):
     for options in ({}, {"storage": "host"}, {"prioritized": True}):
         _, replay = pair(200, (4, 8), steps=20, **options)
         rng = np.random.default_rng(0)
-        replay.sample(1)  # the first one looks whether there is something to draw
+        replay.sample(1)  # the first call waits to find out whether there is something to draw
         cuda.slowly()
         for _ in range(6):
             replay.add(frames_of(rng, shape=(4, 8)), *Games(2, rng).step()[1:])
@@ -614,13 +614,13 @@ def test_a_replay_may_go_before_its_work_is_done(cuda):
         assert batch.obs.cpu().any()
 
 
-def test_what_the_sanitizers_run_runs(cuda, capsys, monkeypatch):
+def test_the_script_for_compute_sanitizer_runs(cuda, capsys, monkeypatch):
     monkeypatch.syspath_prepend(ALGOS.parent / "benchmarks")
     importlib.import_module("gpu_check").main(batch_sizes=(1, 5))
     assert "every kernel has run" in capsys.readouterr().out
 
 
-def test_runs_are_bitwise_alike(cuda):
+def test_runs_are_bit_identical(cuda):
     def run():
         _, replay = pair(600, (4, 8), steps=100, prioritized=True)
         rng = np.random.default_rng(3)
@@ -637,7 +637,7 @@ def test_runs_are_bitwise_alike(cuda):
 @pytest.mark.gpu
 @no_gpu
 def test_threads_that_use_one_replay():
-    """One adds on a stream of its own while another samples and waits."""
+    """One thread adds on a stream of its own while another samples and waits."""
     _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
     rng, stream, stop = np.random.default_rng(0), torch.cuda.Stream(), threading.Event()
     rows = [(frames_of(rng), *Games(2, rng).step()[1:]) for _ in range(50)]

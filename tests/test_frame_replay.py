@@ -1,4 +1,4 @@
-"""Every replay against the oracle that stores whole stacks, byte for byte.
+"""Every replay against an oracle that stores whole stacks, byte for byte.
 
 The backends are parameters of the same tests: the NumPy class of the scripts, and fastreplay's.
 Frames are stamped with (game, episode, step), so a stale or foreign frame cannot pass.
@@ -58,7 +58,7 @@ def make_replay(request, backend):
 
 @pytest.fixture
 def make_fast(request, fast_backend):
-    """fastreplay's class, on each device."""
+    """fastreplay's class on each device."""
     return on_cuda(request, fast_backend, cpp_class()) if fast_backend != "cpp" else cpp_class()
 
 
@@ -68,7 +68,7 @@ def make_cpp():
 
 
 class Games:
-    """Games that end now and then, with NEXT_STEP autoreset: a final observation is a row."""
+    """Games of random length with NEXT_STEP autoreset: a final observation is a row."""
 
     def __init__(self, num_envs, rng, ends=0.15, lives=0.1):
         self.num_envs, self.rng, self.ends, self.lives = num_envs, rng, ends, lives
@@ -93,7 +93,7 @@ class Games:
 
 
 def adversarial(num_envs, rng):
-    """Rows whose flags follow no rule at all."""
+    """Arguments of one add() with random flags, as no environment would give them."""
     frames = rng.integers(0, 256, (num_envs, 2, 2), dtype=np.uint8)
     actions = rng.integers(0, 18, num_envs)
     rewards = rng.normal(size=num_envs).astype(np.float32)
@@ -101,7 +101,7 @@ def adversarial(num_envs, rng):
 
 
 class Pair:
-    """A replay and the oracle, told the same steps; the oracle also gets the whole stacks."""
+    """A replay and an oracle that are given the same steps, the oracle with whole stacks."""
 
     def __init__(self, make_replay, rows, options, spare=0, **more):
         n = options["num_envs"]
@@ -134,16 +134,16 @@ class Pair:
             assert batch.discounts[i].numpy() == np.float32(discount)
 
     def check(self):
-        """Every row is drawable when the oracle says so; every transition is the oracle's."""
+        """The same rows are drawable, and every transition is the oracle's. -> transitions"""
         expected = self.oracle.transitions()
         everything = np.arange(self.oracle.num_envs * self.oracle.rows)
-        able = np.flatnonzero(np.asarray(self.replay.drawable(everything)))
-        assert able.tolist() == sorted(expected)
+        drawable = np.flatnonzero(np.asarray(self.replay.drawable(everything)))
+        assert drawable.tolist() == sorted(expected)
         stored = min(len(self.oracle.history[0]), self.oracle.rows)
         assert len(self.replay) == stored * self.oracle.num_envs
         if expected:
-            batch = self.replay.gather(able)
-            np.testing.assert_array_equal(batch.indices, able)
+            batch = self.replay.gather(drawable)
+            np.testing.assert_array_equal(batch.indices, drawable)
             self.check_batch(batch, expected)
             self.check_batch(self.replay.sample(8), expected)
         else:
@@ -176,7 +176,7 @@ slow = settings(
 
 @slow
 @given(CONFIGURATIONS, st.integers(2, 14), st.integers(0, 2**32), st.booleans(), st.data())
-def test_any_history_gives_the_oracles_batches(make_replay, options, rows, seed, rules, data):
+def test_any_history_gives_the_batches_of_the_oracle(make_replay, options, rows, seed, rules, data):
     rng = np.random.default_rng(seed)
     n = options["num_envs"]
     pair = Pair(make_replay, rows, options, spare=data.draw(st.integers(0, n - 1)))
@@ -208,7 +208,7 @@ def test_priorities_follow_the_oracle(make_fast, options, rows, seed, stratified
         for _ in range(data.draw(st.integers(0, 6))):
             pair.add(*games.step())
             priorities.after_add()
-        # any rows at all, with duplicates: those that cannot be drawn must keep a leaf of 0
+        # Random rows, with duplicates; those that cannot be drawn must keep a leaf of 0.
         indices = rng.integers(0, rows * n, data.draw(st.integers(0, 12)))
         td_errors = (rng.integers(-8, 9, len(indices)) / 4).astype(np.float32)
         pair.replay.update_priorities(indices, td_errors)
@@ -320,20 +320,20 @@ def test_max_priority_is_that_of_new_rows(make_fast):
 def test_draws_are_uniform_over_the_drawable_rows(make_replay, backend):
     stats = pytest.importorskip("scipy.stats")
     replay = filled(make_replay, 300, steps=450)
-    able = np.flatnonzero(np.asarray(replay.drawable(np.arange(300))))
+    drawable = np.flatnonzero(np.asarray(replay.drawable(np.arange(300))))
     calls = 5 if backend == "cuda-emulated" else 100
     draws = np.concatenate([np.asarray(replay.draw(1000)) for _ in range(calls)])
     counts = np.bincount(draws, minlength=300)
-    assert counts.sum() == counts[able].sum()
-    assert stats.chisquare(counts[able]).pvalue > 1e-4
+    assert counts.sum() == counts[drawable].sum()
+    assert stats.chisquare(counts[drawable]).pvalue > 1e-4
 
 
 def test_a_single_drawable_row_among_many_is_found(make_fast):
     replay = make_fast(5000, (1,), stack=1)
     one = np.zeros((1, 1), np.uint8), np.zeros(1, np.int64), np.zeros(1, np.float32)
-    no, yes = np.zeros(1, bool), np.ones(1, bool)
+    false, true = np.zeros(1, bool), np.ones(1, bool)
     for t in range(5000):
-        replay.add(*one, no, no if t == 3210 else yes)  # final observations, but for one
+        replay.add(*one, false, false if t == 3210 else true)  # else: a final observation
     assert set(replay.draw(50).tolist()) == {3209}
 
 
@@ -365,7 +365,7 @@ DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32]
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, stack", [((84, 84), 4), ((7, 9), 3), ((256, 256), 8), ((1, 1), 1)])
-def test_scaled_outputs_are_torchs(
+def test_scaled_outputs_equal_those_of_torch(
     make_fast, fast_backend, instructions, memory_format, dtype, shape, stack
 ):
     from fastreplay import _cpu
@@ -379,8 +379,8 @@ def test_scaled_outputs_are_torchs(
         pytest.skip(f"this processor has no {instructions}")
     options = {"capacity": 60, "frame_shape": shape, "stack": stack}
     plain = filled(make_fast, **options)
-    # 2^-20 makes float16 subnormal, 9 makes products halfway between two 16-bit numbers; and zeros,
-    # those before an episode's opening too, become -0
+    # 2^-20 gives subnormal float16; -9 gives products halfway between two 16-bit numbers, and turns
+    # zeros into -0, also those before the frame that opens an episode.
     for n_step, scale in ((1, 1 / 255), (2, 2.0**-20), (1, -9.0)):
         plain = filled(make_fast, n_step=n_step, **options)
         other = filled(
@@ -423,7 +423,7 @@ def test_check_may_be_called_on_any_device(make_fast):
 
 
 @pytest.mark.parametrize("options", [{}, {"n_step": 3}, {"output_dtype": torch.bfloat16}])
-def test_a_given_batch_is_written_and_not_replaced(make_fast, options):
+def test_a_given_batch_is_written_in_place(make_fast, options):
     replay, twin = (filled(make_fast, **options) for _ in range(2))
     out = replay._empty_batch(32)
     for tensor in out:
@@ -530,9 +530,7 @@ def test_a_replay_can_be_pickled_and_copied(make_fast, options, copied):
             each.add(*Games(2, np.random.default_rng(step)).step())
         first, second = replay.sample(8), twin.sample(8)
         assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
-    replay.add(*Games(2, np.random.default_rng(9)).step())  # the two share no memory
-    assert replay._ring.head != twin._ring.head
-    assert not torch.equal(replay._flags.cpu(), twin._flags.cpu()) or replay is not twin
+    assert replay._frames.data_ptr() != twin._frames.data_ptr()
 
 
 @pytest.mark.parametrize("num_envs, n_step, stack", [(1, 1, 1), (3, 1, 4), (2, 3, 8), (1, 5, None)])
@@ -548,7 +546,7 @@ def test_the_least_capacity_holds_a_transition(make_fast, num_envs, n_step, stac
 
 
 def test_a_wait_for_the_lock_lets_other_threads_run(make_cpp):
-    """While a learner copies a large batch, the thread that adds waits without the GIL."""
+    """While one thread copies a large batch, a thread that adds waits without the GIL."""
     replay = filled(make_cpp, 100, frame_shape=(84, 84), threads=1, output_dtype=torch.float32)
     out = replay._empty_batch(2000)  # some 100 ms
     row = list(arguments(frames=np.zeros((2, 84, 84), np.uint8)).values())
@@ -633,7 +631,7 @@ def test_several_python_threads_may_use_one_replay(make_cpp):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("threads", [2, None])
-def test_a_child_process_samples_on(make_cpp, threads):
+def test_a_child_process_continues_the_draws(make_cpp, threads):
     replay = filled(make_cpp, 200, frame_shape=(84, 84), threads=threads)
     twin = filled(make_cpp, 200, frame_shape=(84, 84), threads=1)
     replay.sample(64)  # starts the threads, which the child will not have
@@ -771,7 +769,7 @@ def test_sampling_before_there_is_data(make_replay):
         make_replay(40, (2, 2)).sample(1)
 
 
-def test_the_first_row_opens_an_episode_whatever_is_said(make_fast):
+def test_the_first_row_always_opens_an_episode(make_fast):
     replay = make_fast(10, (2, 2))
     for step in range(3):
         replay.add(np.full((1, 2, 2), step + 1, np.uint8), *list(arguments(n=1).values())[1:])
@@ -814,6 +812,13 @@ def test_priorities_of_a_uniform_replay(make_fast):
 def test_what_cannot_be_built(make_fast, options, error):
     with pytest.raises(error, match=[*options][-1].replace("memory_format", "channels_last")):
         make_fast(**({"capacity": 40, "frame_shape": (2, 2)} | options))
+
+
+def test_settings_may_be_numpy_numbers(make_fast):
+    options = {"n_step": np.int64(2), "gamma": np.float32(0.5), "num_envs": np.int32(2)}
+    replay, twin = filled(make_fast, **options), filled(make_fast, n_step=2, gamma=0.5)
+    assert all(map(torch.equal, replay.sample(16), twin.sample(16)))
+    replay.load_state_dict(saved_and_loaded(twin.state_dict()))
 
 
 def broken(**changes):

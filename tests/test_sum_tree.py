@@ -1,4 +1,4 @@
-"""The exact sum-tree against a list of integers, and its law."""
+"""The exact sum-tree against a list of integers, and the distribution of its draws."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ CAPACITIES = [1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 4095, 4096, 4097]
 
 @pytest.fixture(autouse=True, params=["plain", "avx2", "avx512", *CUDA])
 def instructions(request, monkeypatch):
-    """Every test runs with each of these: `SumTree` is the class to test."""
+    """Runs every test with each instruction set and on CUDA; `SumTree` is the class to test."""
     module = sys.modules[__name__]
     if request.param.startswith("cuda"):
         monkeypatch.setattr(module, "SumTree", on_cuda(request, request.param, SumTree))
@@ -89,7 +89,7 @@ def test_any_sequence_of_operations_agrees_with_a_list(data):
         tree.set(longs(indices), torch.tensor(priorities, dtype=torch.float32))
         plain.set(indices, priorities)
         difference = raw(tree).astype(np.int64) - np.array(plain.leaves)
-        # numpy's power may round the other way once in many millions; 1 is exact
+        # NumPy's power may round a leaf the other way, very rarely; p^1 is exact.
         assert np.abs(difference).max() <= (alpha != 1.0)
         plain.leaves = raw(tree).tolist()
         tree.check_valid()
@@ -143,11 +143,11 @@ def test_draws_follow_the_priorities(stratified, instructions):
         counts += np.bincount(tree.sample(4000, stratified), minlength=capacity)
     law = priorities.astype(np.float64) ** 0.6
     p_value = stats.chisquare(counts, law / law.sum() * draws).pvalue
-    # stratified draws vary less than the law allows, so only the lower end means anything there
+    # The counts of stratified draws vary less than multinomial ones, so no upper limit is tested.
     assert p_value > 1e-4
 
 
-def test_weights_are_those_of_the_law():
+def test_weights_are_those_of_the_definition():
     tree = SumTree(5, alpha=0.5)
     tree.set(np.arange(5), np.array([1.0, 4.0, 9.0, 0.0, 16.0]))
     np.testing.assert_array_equal(tree.get(np.array([4, 1, 3])), [4.0, 2.0, 0.0])
@@ -198,7 +198,7 @@ def test_same_seed_same_draws_on_every_instruction_set(instructions):
     assert torch.equal(first[2], second[2]) and torch.equal(first[3], second[3])
 
 
-def test_a_restored_tree_goes_on_with_the_same_draws(tmp_path):
+def test_a_restored_tree_continues_the_draws(tmp_path):
     tree = SumTree(1000, alpha=0.7, seed=2**64 - 1)
     tree.set(np.arange(1000), np.random.default_rng(0).random(1000))
     tree.sample(10)
@@ -210,9 +210,9 @@ def test_a_restored_tree_goes_on_with_the_same_draws(tmp_path):
         assert torch.equal(tree.sample(64), other.sample(64))
 
 
-def test_nothing_to_set_or_get_is_no_error():
+def test_empty_arrays_are_accepted():
     tree = SumTree(10)
-    none = torch.as_tensor(np.zeros(0, np.int64))  # its stride may be 0
+    none = torch.as_tensor(np.zeros(0, np.int64))  # NumPy may give it a stride of 0
     tree.set(none, torch.as_tensor(np.zeros(0)))
     assert tree.total() == 0 and len(tree.get(none)) == 0
 

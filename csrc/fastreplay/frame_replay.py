@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import os
 from collections.abc import Sequence
@@ -111,23 +112,17 @@ class FrameReplay:
         n_step = _integer("n_step", n_step, 1, 1000)
         threads = None if threads is None else _integer("threads", threads, 1, 256)
         seed = _integer("seed", seed)
-        for name, value, low, high in (
-            ("gamma", gamma, 0, 1),
-            ("per_alpha", per_alpha, 0, 1000),
-            ("per_beta", per_beta, 0, 100),
-            ("per_epsilon", per_epsilon, 1e-30, 1e30),
-            ("scale", scale, -1e30, 1e30),
-        ):
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, not {value!r}")
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+        gamma = _number("gamma", gamma, 0, 1)
+        per_alpha = _number("per_alpha", per_alpha, 0, 1000)
+        per_beta = _number("per_beta", per_beta, 0, 100)
+        per_epsilon = _number("per_epsilon", per_epsilon, 1e-30, 1e30)
+        scale = _number("scale", scale, -1e30, 1e30)
         frames = stack or 1
         if capacity < 2 * num_envs:
             raise ValueError(
-                f"capacity must be at least {2 * num_envs} (a transition takes 2 rows of a game, "
-                f"num_envs = {num_envs}), not {capacity}; far from the start and the end of an "
-                f"episode it takes n_step + stack = {n_step + frames} rows"
+                f"capacity must be at least {2 * num_envs} (2 rows for each of num_envs = {num_envs} "
+                f"games), not {capacity}; a transition far from the start and the end of its "
+                f"episode takes n_step + stack = {n_step + frames} rows of its game"
             )
         frame_shape = tuple(_integer("frame_shape", side, 1, 2**30) for side in frame_shape)
         if not 1 <= len(frame_shape) <= 8:
@@ -165,7 +160,7 @@ class FrameReplay:
         self._rewards = backend.zeros(*shape, dtype=torch.float32)
         self._flags = backend.zeros(*shape, dtype=torch.uint8)
         self._tree = SumTree(leaves, per_alpha, seed, device) if prioritized else None
-        powers = [float(gamma) ** k for k in range(n_step + 1)]
+        powers = [gamma**k for k in range(n_step + 1)]
         powers = torch.tensor(powers, dtype=torch.float32, device=self.device)
         memory = (self._frames, self._actions, self._rewards, self._flags, powers)
         ring = backend.module.FrameRing
@@ -431,11 +426,11 @@ class FrameReplay:
         tensors["flags"] = torch.uint8
         if self._tree is not None:
             tensors["leaves"] = torch.int32
-        numbers = {"stored": (0, self.rows), "head": (0, self.rows - 1), "calls": (0, 2**64 - 1)}
-        numbers |= {"seed": (0, 2**64 - 1), "max_leaf": (2**20, 2**32 - 1)}
-        check_keys(state, [*self._fixed(), *numbers, *tensors], "FrameReplay")
+        integers = {"stored": (0, self.rows), "head": (0, self.rows - 1), "calls": (0, 2**64 - 1)}
+        integers |= {"seed": (0, 2**64 - 1), "max_leaf": (2**20, 2**32 - 1)}
+        check_keys(state, [*self._fixed(), *integers, *tensors], "FrameReplay")
         check_equal(state, self._fixed())
-        check_integers(state, numbers)
+        check_integers(state, integers)
         stored, head = state["stored"], state["head"]
         if stored < self.rows and head != stored:
             raise ValueError(f"the state is damaged: {stored} rows stored, write head at {head}")
@@ -458,6 +453,15 @@ def _integer(name: str, value: Any, low: int | None = None, high: int = 0) -> in
     if low is not None and not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, not {value}")
     return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float in [low, high]."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+    return float(value)
 
 
 def _as_batch(out: Any) -> Batch:
