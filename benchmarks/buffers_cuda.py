@@ -29,7 +29,6 @@ from machine import describe, write_record
 FRAME_BYTES = 84 * 84
 STACK = 4
 NUM_ENVS = 8
-CYCLE = 32
 SIZES = (32, 256, 4096)
 # Filling Flashbax's buffer takes long, and the cost of a sample does not depend on how full it is.
 FLASHBAX_CAPACITY, FLASHBAX_ROWS = 100_000, 20_000
@@ -86,6 +85,7 @@ def rows(random):
 
 
 def filled_replay(args, capacity=None, prioritized=True, **options):
+    """A full replay on the GPU, and the source of its rows."""
     from fastreplay import FrameReplay
 
     options |= {"prioritized": prioritized, "device": "cuda"}
@@ -96,7 +96,11 @@ def filled_replay(args, capacity=None, prioritized=True, **options):
     return replay, source
 
 
+# A side's `measure_` function returns {what: blocks_of(...), or a number, or a reason in words}.
+
+
 def measure_fastreplay(args):
+    """3-step prioritized replay: memory, add, sample, and cycles of sample and update."""
     small, _ = filled_replay(args, capacity=800, n_step=3)  # loads the modules of both
     small.sample(32)
     del small
@@ -166,6 +170,7 @@ def measure_empty_graph(args):
 
 
 def measure_torchrl(args):
+    """TorchRL's prioritized buffer with whole stacks stored on the GPU."""
     from tensordict import TensorDict
     from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer
 
@@ -192,6 +197,7 @@ def measure_torchrl(args):
 
 
 def measure_flashbax(args):
+    """Flashbax's prioritized buffer on the GPU, with at most FLASHBAX_CAPACITY transitions."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave memory to torch
     import jax
 

@@ -22,8 +22,9 @@
 # step has a time limit, which shrinks when the steps before it were slow, but not below what is
 # reserved for it. A step that fails does not stop the others, except build.
 #
-# PYTHON: the interpreter. SECONDS_IN_ALL: the limit of all steps, default 570. COMMIT: the commit of
-# sources that are not in a git repository.
+# PYTHON           the interpreter
+# SECONDS_IN_ALL   the limit of all steps, default 570
+# COMMIT           the commit of the sources, where they are not in a git repository
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -47,7 +48,7 @@ is_wanted() { [[ " ${wanted[*]} " == *" $1 "* ]]; }
 
 if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
   if [[ -n $(git status --porcelain --untracked-files=no) ]]; then
-    echo "error: the checkout has uncommitted changes; a record needs a commit. Commit them first." >&2
+    echo "error: the checkout has uncommitted changes; commit them first." >&2
     exit 1
   fi
 elif [[ -z ${COMMIT:-} ]]; then
@@ -139,7 +140,8 @@ step tests "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_su
 step kernels "$python" benchmarks/buffers_cuda.py --kernels tuned reference \
   --record "$record/kernels"
 
-sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+sanitizer=$(command -v compute-sanitizer ||
+  echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 # Without torch's cache, every tensor is an allocation of its own with known bounds.
 check() { # TOOL OPTIONS...
   step "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 1 \
@@ -151,8 +153,8 @@ check racecheck "${own[@]}"
 check initcheck # all kernels: torch's initialise memory, too
 check synccheck "${own[@]}"
 
-step train "$python" algos/ddqn_atari.py --device cuda --buffer cuda --env-id BreakoutNoFrameskip-v4 \
-  --total-timesteps 20000 --learning-starts 2000 --buffer-size 20000 \
+step train "$python" algos/ddqn_atari.py --env-id BreakoutNoFrameskip-v4 \
+  --device cuda --buffer cuda --total-timesteps 20000 --learning-starts 2000 --buffer-size 20000 \
   --eval-frequency 0 --eval-episodes 1
 step buffers "$python" benchmarks/buffers.py --device cuda --capacity 1000000 --seconds 0.4 \
   --record "$record/buffers"

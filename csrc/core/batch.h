@@ -48,14 +48,15 @@ struct BatchMemory {
   float* discounts;
 };
 
-// A batch of n samples, all of it in memory of the replay's device.
+// A batch of n samples. Pointers are to memory of the replay's device. `format`, `batch` and
+// `is_weights` are used only if `gather`.
 struct SampleJob {
   int64_t n;
   int64_t* indices;  // (n,) flat rows: written if `draw`, read if not
   bool draw;
   uint64_t seed;  // of the draw
   bool stratified;
-  bool gather;  // whether to build the batch, in the memory below
+  bool gather;  // whether to build the batch
   FrameOutput format;
   BatchMemory batch;
   float* is_weights;  // (n,)

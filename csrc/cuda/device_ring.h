@@ -9,9 +9,9 @@
 //   launch_sample     sample.cu    draws a batch, builds it, or both
 //   launch_drawable   sample.cu    tells which rows may start a transition
 //
-// Each is one launch on the caller's stream. None allocates or waits, so all can be captured in a
-// CUDA graph. Errors that only the device sees are latched in the counters until the host reads
-// them: the sample or row concerned is then all zeros, or unchanged.
+// Each is one kernel on the caller's stream (a few with the kernels of reference.h). None allocates
+// or waits, so all can be captured in a CUDA graph. Errors that only the device sees are latched in
+// the counters until the host reads them; a sample that cannot be made is all zeros.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,6 +23,7 @@
 
 namespace fastreplay {
 
+// Pointers are to memory that the device can access, owned by the caller.
 struct DeviceRing {
   RingLayout layout;
   RingMemory memory;
@@ -42,7 +43,7 @@ struct Column {
 struct Row {
   const uint8_t* frames;
   int64_t frame_stride;  // bytes from one game's frame to the next
-  Column actions;        // that fit int32, or kActionTooLarge is latched
+  Column actions;        // one that does not fit int32 latches kActionTooLarge
   Column rewards;
   const uint8_t* terminations;
   const uint8_t* episode_starts;

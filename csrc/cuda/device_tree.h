@@ -64,8 +64,8 @@ struct Priorities {
   const uint8_t* flags;
 };
 
-// One launch each on the caller's stream, unless stated otherwise. None allocates or waits. Errors
-// are latched in the counters.
+// One kernel each on the caller's stream, unless stated otherwise (reference.h has others). None
+// allocates or waits. Errors are latched in the counters.
 
 // Sets priorities; changes nothing if an index or a value is bad (kIndexOutOfRange, kNotFinite,
 // kNegative).
@@ -87,9 +87,9 @@ void launch_weights(const DeviceTree& tree, Counters* counters, const int64_t* i
                     double beta, float* out, cudaStream_t stream);
 // The sum of all leaves to *out.
 void launch_total(const DeviceTree& tree, Word* out, cudaStream_t stream);
-// Recomputes all sums from the leaves. One launch per level.
+// Recomputes all sums from the leaves. One kernel per level.
 void launch_rebuild(const DeviceTree& tree, cudaStream_t stream);
-// Latches kDamaged if an invariant does not hold. One launch per level.
+// Latches kDamaged if an invariant does not hold. One kernel per level.
 void launch_check(const DeviceTree& tree, Counters* counters, cudaStream_t stream);
 // Writes the named fields of the counters and leaves the others.
 enum CounterFields : unsigned { kCallsField = 1, kBetaField = 2, kErrorField = 4, kAllFields = 8 };

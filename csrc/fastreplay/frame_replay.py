@@ -120,8 +120,8 @@ class FrameReplay:
         frames = stack or 1
         if capacity < 2 * num_envs:
             raise ValueError(
-                f"capacity must be at least {2 * num_envs} (2 rows for each of num_envs = {num_envs} "
-                f"games), not {capacity}; a transition far from the start and the end of its "
+                f"capacity must be at least {2 * num_envs} (2 rows for each game, num_envs = "
+                f"{num_envs}), not {capacity}; a transition far from the start and the end of its "
                 f"episode takes n_step + stack = {n_step + frames} rows of its game"
             )
         frame_shape = tuple(_integer("frame_shape", side, 1, 2**30) for side in frame_shape)

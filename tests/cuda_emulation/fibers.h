@@ -1,6 +1,6 @@
 // The execution model of CUDA on one CPU thread: grids of blocks of threads, each thread a fiber.
 //
-//   scheduler ──swapcontext──> fiber (thread t of block b) ──suspend()──> scheduler ...
+//   scheduler --swapcontext--> fiber (thread t of block b) --suspend()--> scheduler ...
 //
 //   - A fiber runs until it waits at a barrier or a warp operation, or gives way at an atomic.
 //   - kConcurrentBlocks blocks run at a time. The order of blocks is shuffled for each launch and
