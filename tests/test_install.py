@@ -29,5 +29,7 @@ def test_import_is_lazy():
     """`import fastreplay` imports neither torch nor a compiled module."""
     code = "import sys, fastreplay; print({'torch', *COMPILED} & set(sys.modules))"
     code = code.replace("COMPILED", "('fastreplay._cpu', 'fastreplay._cuda')")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "set()", result.stderr

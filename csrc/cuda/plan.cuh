@@ -30,14 +30,6 @@ struct Plan {
   FrameRun runs[2];  // of obs and next_obs; the first alone if they are shared
 };
 
-// Whether obs and next_obs of a batch are one block of stack + 1 frames.
-inline bool is_shared(const DeviceRing& ring, const SampleJob& job) {
-  return ring.layout.n_step == 1 && !job.format.channels_last &&
-         job.batch.obs_stride == job.batch.next_obs_stride &&
-         job.batch.next_obs ==
-             job.batch.obs + ring.layout.frame_bytes * expansion(job.format.output);
-}
-
 // Clears kUndrawn of a row. Several threads may do so for one row, and others read its other bits:
 // all of them write the same byte.
 __device__ inline void mark_drawn(const DeviceRing& ring, int64_t index) {
