@@ -116,6 +116,20 @@ def test_rows_on_the_device_are_stored_like_rows_on_the_cpu(device, options):
         cuda._tree.check_valid()
 
 
+def test_rows_on_the_cpu_may_have_values_on_the_gpu(device):
+    cpu, cuda = pair(60, steps=20, prioritized=True)
+    errors = torch.arange(4.0)
+    for rows in ([0, 3, 1, 0], np.array([4, 5, 6, 7]), torch.tensor([8, 9, 8, 8])):
+        cpu.update_priorities(rows, errors)
+        cuda.update_priorities(rows, errors.to(device))
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    with pytest.raises(ValueError, match="td_error must be on .*, like the indices"):
+        cuda.update_priorities(torch.tensor([0], device=device), np.ones(1))
+    with pytest.raises(IndexError):
+        cuda.update_priorities([999], errors[:1].to(device))
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+
+
 @pytest.mark.parametrize("n", [1, 31, 257, 5000])
 def test_the_last_duplicate_wins_in_any_order(device, n):
     rng = np.random.default_rng(n)

@@ -8,7 +8,7 @@
 //   sample(job, beta)                all pointers are on the device
 //   copy_indices(indices, to, out)   `to` is the memory of `out`
 //   drawable(indices, out)
-//   update(pairs, alpha, epsilon)    both on the CPU or both on the device
+//   update(pairs, alpha, epsilon)    on the CPU or on the device
 //   set_beta(beta), restore(state), state(), stored(), check()
 #pragma once
 

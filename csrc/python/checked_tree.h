@@ -5,7 +5,7 @@
 // memory, device) and has
 //   slots(capacity)                             sizes of the arrays in `memory`
 //   capacity(), calls(), set_calls(calls)
-//   set(pairs, alpha)                           both on the CPU or both on the device
+//   set(pairs, alpha)                           on the CPU or on the device
 //   get(indices, out)                           `indices` may be on the CPU,
 //   find(targets, out)                          `out` is on the device
 //   draw(seed, stratified, n, out)

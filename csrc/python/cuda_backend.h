@@ -147,11 +147,13 @@ class DeviceState {
 
   // Writes new priorities. Those on the CPU are sent in pieces that fit a staging slot.
   void set(const DeviceTree& tree, const Pairs& pairs, Priorities p, Staging& staging) {
-    p.indices = pairs.indices.data;
     p.values = pairs.values.data;
     p.doubles = pairs.values.dtype == DType::kFloat64;
     p.n = pairs.indices.n;
-    if (!pairs.indices.on_cpu) {
+    if (pairs.cpu_values == nullptr) {
+      Indices rows = pairs.indices;
+      make_resident(rows);
+      p.indices = rows.data;
       run([&](cudaStream_t stream) { launch_set(tree, counters, p, stream); });
       return;
     }

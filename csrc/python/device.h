@@ -127,8 +127,8 @@ struct Indices {
   }
 };
 
-// Rows and a float32 or float64 value for each: priorities or TD errors. Both lie on the CPU, where
-// they are checked here, or both on the device.
+// Rows and a float32 or float64 value for each: priorities or TD errors. What is on the CPU is
+// checked here. Rows may be on the CPU with values on the device, but not the other way round.
 struct Pairs {
   Indices indices;
   TensorView values;
@@ -142,8 +142,9 @@ struct Pairs {
     }
     check_1d(values, name, values.dtype, indices.n);
     const bool on_cpu = values.device == TensorView::kCpu;
-    if (on_cpu != indices.on_cpu) {
-      throw py::value_error(std::string("indices and ") + name + " must be on one device");
+    if (on_cpu && !indices.on_cpu) {
+      throw py::value_error(std::string(name) + " must be on " + device.name() +
+                            ", like the indices");
     }
     cpu_values = on_cpu ? read_finite(name) : nullptr;
     if (!on_cpu || may_be_negative) return;
