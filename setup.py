@@ -1,4 +1,4 @@
-"""Builds the compiled modules of fastreplay. Without a compiler, the install goes on without them.
+"""Builds the compiled modules of fastreplay. An install without a compiler leaves them out.
 
 The environment variable FASTREPLAY_CUDA: "auto" (the default) builds the CUDA module if nvcc is
 found, "1" aborts the install if that fails, "0" does not try.

@@ -124,7 +124,7 @@ class Cuda:
     def quietly(self):
         """Keeps the current stream busy.
 
-        -> a function that tells whether nothing has waited or allocated since
+        -> a function that returns whether nothing has waited or allocated since
         """
         before = self.library.emulation_waits(), self.tensors
         self.slowly()

@@ -1,4 +1,4 @@
-// The memory of a replay and of a batch: what the CPU and the CUDA ring are told about both.
+// The memory of a replay and of a batch, as the CPU ring and the CUDA ring are given it.
 //
 //   game 0    | row 0 | row 1 | ... | row rows-1 |      row: frame   frame_bytes
 //   game 1    | row 0 | row 1 | ... | row rows-1 |           action  int32

@@ -31,7 +31,7 @@ constexpr int kFanOutBits = 4;
 constexpr int64_t kMaxCapacity = int64_t{1} << 27;
 constexpr int kMaxLevels = 7;
 
-// Where the levels lie in the inner array.
+// The position of each level in the inner array.
 struct TreeLayout {
   explicit TreeLayout(int64_t capacity);
   int64_t leaf_slots;                // uint32 entries, the capacity rounded up to whole nodes

@@ -25,8 +25,8 @@ _HOME = {
 def backends():
     """Names of the compiled backends, the fastest last; empty where nothing was compiled.
 
-    "cuda" means that fastreplay was built with CUDA; whether this machine's GPU can be used, tells
-    cuda_problem().
+    "cuda" means that fastreplay was built with CUDA. cuda_problem() tests whether the GPU of this
+    machine can be used.
     """
     names = {"cpp": "fastreplay._cpu", "cuda": "fastreplay._cuda"}
     built = tuple(name for name, module in names.items() if importlib.util.find_spec(module))

@@ -60,7 +60,7 @@ class FrameReplay:
         device: "cpu", or "cuda", "cuda:1"... for a replay on that GPU.
         storage: of the frames of a replay on a GPU: "device", "host" for pinned memory of the host
             that the GPU reads over the bus, or "auto" for the first of the two that has room. The
-            attribute `storage` tells which one it is.
+            attribute `storage` is the one in use.
 
     Raises ValueError for a value out of range and TypeError for a wrong type. A replay can be
     pickled and deep-copied. Threads may share one; a call that waits for another one releases the

@@ -178,7 +178,7 @@ class CpuRing {
   void copy_indices(const Indices& rows, int64_t* to, const py::object&) const {
     if (rows.n > 0) std::memmove(to, rows.data, static_cast<size_t>(rows.n) * 8);
   }
-  void set_beta(double) const {}  // sample() is told
+  void set_beta(double) const {}  // sample() is passed it
 
   void drawable(const Indices& rows, bool* out) {
     const Lock lock(mutex_);

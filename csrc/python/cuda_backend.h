@@ -213,30 +213,14 @@ class CudaTree {
     state->set(tree, pairs, p, *staging);
   }
 
-  void get(Indices rows, double* out) {
-    state->make_resident(rows);
-    state->run([&](cudaStream_t stream) {
-      launch_get(tree, state->counters, rows.data, rows.n, out, stream);
-    });
+  void get(const Indices& rows, double* out) { launch(launch_get, rows, out); }
+  void find(const Indices& targets, int64_t* out) { launch(launch_find, targets, out); }
+  void weights(const Indices& rows, double beta, float* out) {
+    launch(launch_weights, rows, beta, out);
   }
-
-  void find(Indices targets, int64_t* out) {
-    state->make_resident(targets);
-    state->run([&](cudaStream_t stream) {
-      launch_find(tree, state->counters, targets.data, targets.n, out, stream);
-    });
-  }
-
   void draw(uint64_t seed, bool stratified, int64_t n, int64_t* out) {
     state->run([&](cudaStream_t stream) {
       launch_draw(tree, state->counters, seed, stratified, n, out, stream);
-    });
-  }
-
-  void weights(Indices rows, double beta, float* out) {
-    state->make_resident(rows);
-    state->run([&](cudaStream_t stream) {
-      launch_weights(tree, state->counters, rows.data, rows.n, beta, out, stream);
     });
   }
 
@@ -263,6 +247,15 @@ class CudaTree {
   const DeviceTree tree;
 
  private:
+  // Launches a kernel that reads n integers.
+  template <typename Launch, typename... Arguments>
+  void launch(Launch launch_kernel, Indices indices, Arguments... arguments) {
+    state->make_resident(indices);
+    state->run([&](cudaStream_t stream) {
+      launch_kernel(tree, state->counters, indices.data, indices.n, arguments..., stream);
+    });
+  }
+
   // The total, and the counters.
   std::pair<Word, Counters> read() {
     Word root[kDeviceFanOut], total = 0;

@@ -1,4 +1,4 @@
-// The device of a replay, and the arguments that may lie there or on the CPU.
+// The device of a replay, and arguments that may be there or on the CPU.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -44,7 +44,7 @@ struct Device {
   template <typename T>
   T* output(const py::handle& object, const char* name, int64_t n) const {
     const TensorView v = view(object, name);
-    check_1d(v, name, DTypeOf<T>::value, n);
+    check_1d(v, name, dtype_of<T>(), n);
     check_resident(v, name);
     if (!v.writable) throw_not_writable(name);
     return v.as<T>();
@@ -54,7 +54,7 @@ struct Device {
   template <typename T>
   T* output_or_new(py::object& out, int64_t n) const {
     if (out.is_none()) {
-      out = empty_1d(n, DTypeOf<T>::value, is_cpu() ? py::object() : torch_device);
+      out = empty_1d(n, dtype_of<T>(), is_cpu() ? py::object() : torch_device);
     }
     return output<T>(out, "out", n);
   }

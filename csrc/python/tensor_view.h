@@ -15,21 +15,16 @@ namespace fastreplay {
 
 enum class DType { kBool, kUint8, kInt32, kInt64, kFloat16, kBfloat16, kFloat32, kFloat64, kOther };
 
-// The dtype of a C++ type: DTypeOf<float>::value.
 template <typename T>
-struct DTypeOf;
-template <>
-struct DTypeOf<bool> : std::integral_constant<DType, DType::kBool> {};
-template <>
-struct DTypeOf<uint8_t> : std::integral_constant<DType, DType::kUint8> {};
-template <>
-struct DTypeOf<int32_t> : std::integral_constant<DType, DType::kInt32> {};
-template <>
-struct DTypeOf<int64_t> : std::integral_constant<DType, DType::kInt64> {};
-template <>
-struct DTypeOf<float> : std::integral_constant<DType, DType::kFloat32> {};
-template <>
-struct DTypeOf<double> : std::integral_constant<DType, DType::kFloat64> {};
+constexpr DType dtype_of() {
+  if constexpr (std::is_same_v<T, bool>) return DType::kBool;
+  if constexpr (std::is_same_v<T, uint8_t>) return DType::kUint8;
+  if constexpr (std::is_same_v<T, int32_t>) return DType::kInt32;
+  if constexpr (std::is_same_v<T, int64_t>) return DType::kInt64;
+  if constexpr (std::is_same_v<T, float>) return DType::kFloat32;
+  if constexpr (std::is_same_v<T, double>) return DType::kFloat64;
+  return DType::kOther;
+}
 
 const char* name_of(DType dtype);
 int size_of(DType dtype);
