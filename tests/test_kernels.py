@@ -175,16 +175,16 @@ def test_replays_are_bit_identical(module, seed):
 
 
 def test_few_drawable_rows_are_counted(module):
-    """One drawable row among 3000: no attempt finds it, so that rows are counted."""
+    """Three drawable rows among 3000: attempts rarely find one, so that rows are counted."""
 
     def make():
         replay = FrameReplay(3000, (2, 2), device="cuda", stack=1, seed=3)
         for step in range(40):
-            replay.add(*row_of_zeros(start=step != 21))
+            replay.add(*row_of_zeros(start=step not in (21, 25, 31)))
         return replay
 
-    both = Both(module, make)
-    assert both.objects["tuned"].drawable(np.arange(40)).cpu().nonzero().tolist() == [[20]]
+    both, rows = Both(module, make), [20, 24, 30]
+    assert both.objects["tuned"].drawable(np.arange(40)).cpu().nonzero().flatten().tolist() == rows
     state = both.objects["tuned"].state_dict()
     for name in ("frames", "actions", "rewards", "flags"):  # 2960 more rows that nobody can draw
         last = state[name][0][-1:]
@@ -192,9 +192,8 @@ def test_few_drawable_rows_are_counted(module):
     state |= {"stored": 3000, "head": 0}
     for replay in both.objects.values():
         replay.load_state_dict(state)
-    for _ in range(5):
-        batch = both.call(lambda r: r.sample(8))
-        assert batch.indices.tolist() == [20] * 8
+    drawn = [both.call(lambda r: r.sample(8)).indices.cpu() for _ in range(5)]
+    assert set(torch.cat(drawn).tolist()) == set(rows)
     both.check()
 
 
