@@ -123,7 +123,7 @@ def test_rows_on_the_cpu_may_have_values_on_the_gpu(device):
         cpu.update_priorities(rows, errors)
         cuda.update_priorities(rows, errors.to(device))
     assert equal_states(cpu.state_dict(), cuda.state_dict())
-    with pytest.raises(ValueError, match="td_error must be on .*, like the indices"):
+    with pytest.raises(ValueError, match=r"td_error must be on .*, like the indices"):
         cuda.update_priorities(torch.tensor([0], device=device), np.ones(1))
     with pytest.raises(IndexError):
         cuda.update_priorities([999], errors[:1].to(device))
