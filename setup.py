@@ -1,7 +1,7 @@
-"""Builds fastreplay's compiled half. Where there is no compiler the install goes on without it.
+"""Builds the compiled modules of fastreplay. An install without a compiler leaves them out.
 
-The environment variable FASTREPLAY_CUDA: 0 builds nothing for CUDA, 1 ends the install where that
-does not succeed, auto (the default) builds it where nvcc is found.
+The environment variable FASTREPLAY_CUDA: "auto" (the default) builds the CUDA module if nvcc is
+found, "1" aborts the install if that fails, "0" does not try.
 """
 
 import os
@@ -16,15 +16,20 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ARCHITECTURES = ("80", "90", "100")  # and PTX of the last, which newer ones compile at first use
+ARCHITECTURES = (
+    "75",
+    "80",
+    "90",
+    "100",
+)  # and PTX of the last, which newer ones compile at first use
 WANTED = os.environ.get("FASTREPLAY_CUDA", "auto")
 
 
 def flags():
     if sys.platform == "win32":
         return ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
-    # No fused multiply-add: priorities are quantised alike on every processor (priority.h).
-    # No trapping arithmetic: lets loops with a choice in them become vector code.
+    # No fused multiply-add: every processor quantises priorities to the same bits (priority.h).
+    # No trapping arithmetic: compilers vectorize loops with a conditional.
     return [
         *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"),
         *("-pthread", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"),
@@ -33,7 +38,7 @@ def flags():
 
 
 def find_nvcc():
-    """The path of nvcc, or None."""
+    """The path of nvcc, or None if there is none or it is not wanted."""
     if WANTED == "0" or sys.platform == "win32":
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -68,7 +73,7 @@ def extensions(nvcc):
 
 
 def run_nvcc(*arguments):
-    """Its output; RuntimeError with it if it fails."""
+    """Runs nvcc. Returns its output; raises RuntimeError with it if nvcc fails."""
     result = subprocess.run(arguments, capture_output=True, text=True)
     output = result.stdout + result.stderr
     if result.returncode != 0:
@@ -77,7 +82,7 @@ def run_nvcc(*arguments):
 
 
 class BuildExt(build_ext):
-    """Compiles the .cu sources, and says in one line what a failed build means."""
+    """Compiles the .cu sources, and reports in one line what a failed build means."""
 
     nvcc = find_nvcc()
 
@@ -89,13 +94,13 @@ class BuildExt(build_ext):
         self.attempt(self.build_cuda if is_cuda else super().build_extension, ext.name, ext)
 
     def build_cuda(self, ext):
-        # nvcc knows where its headers and libraries lie.
+        # The folders of nvcc's headers and libraries, from a dry run.
         plan = run_nvcc(self.nvcc, "--dryrun", "empty.cu")
         settings = dict(re.findall(r"^#\$ (INCLUDES|LIBRARIES)=(.*)$", plan, re.MULTILINE))
         folders = {key: shlex.split(value) for key, value in settings.items()}
         ext.include_dirs += [folder[2:] for folder in folders["INCLUDES"]]
         ext.library_dirs += [folder[2:] for folder in folders["LIBRARIES"] if folder[:2] == "-L"]
-        # The runtime is linked in: the module loads where there is no driver, beside any torch.
+        # The runtime is linked statically: the module loads without a driver, and with any torch.
         ext.libraries += ["cudart_static", "dl", "rt"]
 
         known = run_nvcc(self.nvcc, "--list-gpu-arch").split()
@@ -112,7 +117,7 @@ class BuildExt(build_ext):
             to.parent.mkdir(parents=True, exist_ok=True)
             run_nvcc(*command, "-c", source, "-o", str(to))
             ext.extra_objects.append(str(to))
-        ext.depends = [*ext.depends, *ext.extra_objects]  # linked anew
+        ext.depends = [*ext.depends, *ext.extra_objects]  # relinks when an object has changed
         ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
         super().build_extension(ext)
 

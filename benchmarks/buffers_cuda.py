@@ -398,9 +398,9 @@ def compare_kernels(args, calls):
 
     -> [{"operation", "batch size", "seconds": {kernels: [seconds per call of each block]}}]
     """
-    from fastreplay._device import Place
+    from fastreplay._device import Backend
 
-    module, results = Place("cuda").module, []
+    module, results = Backend("cuda").module, []
     for operation, n, call in calls:
         graphs, blocks = {}, {}
         for kernels in args.kernels:

@@ -6,7 +6,7 @@ For compute-sanitizer (benchmarks/gpu.sh), which checks memory accesses, races a
 import numpy as np
 import torch
 from fastreplay import FrameReplay, SumTree
-from fastreplay._device import Place
+from fastreplay._device import Backend
 
 ATARI, ODD = (84, 84), (7, 9)  # multiples of 16 bytes, and not
 LAST = {"memory_format": torch.channels_last}
@@ -59,7 +59,7 @@ def check_tree(rng):
 
 
 def main(batch_sizes=(1, 33, 600), reference_batch_sizes=(1, 5), kernels=("tuned", "reference")):
-    module = Place("cuda").module
+    module = Backend("cuda").module
     for name in kernels:
         module.use_kernels(name)
         rng = np.random.default_rng(0)

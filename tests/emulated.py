@@ -1,7 +1,7 @@
-"""fastreplay on CUDA for the tests of the CPU: the same tests, on a GPU or on its emulation.
+"""fastreplay's CUDA module for tests, on a GPU or on an emulation that needs none.
 
-python tests/emulated.py FOLDER    compiles csrc/cuda for the CPU (tests/cuda_emulation) there,
-                                   with the flags in CFLAGS and LDFLAGS, and prints where
+python tests/emulated.py FOLDER    compiles csrc/cuda for the CPU (tests/cuda_emulation) into
+                                   FOLDER, with the flags in CFLAGS and LDFLAGS, and prints the path
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SOURCES += [CSRC / "python" / "cuda_bindings.cpp", CSRC / "python" / "tensor_vie
 
 
 def build(folder):
-    """Compiles the module into a folder, unless the same sources are there already."""
+    """Compiles the module into a folder, unless it is there for the same sources. -> its path"""
     import pybind11
 
     compiler = shutil.which("c++") or shutil.which("g++")
@@ -61,17 +61,17 @@ def build(folder):
 
 
 class Cuda:
-    """The emulated GPU: its streams and graphs, and what torch does on it."""
+    """The emulated GPU: its streams and graphs, and torch's work on it."""
 
     def __init__(self, module):
         self.library = library = ctypes.CDLL(module)
         for name in ("emulation_stream", "emulation_capture"):
             getattr(library, name).restype = ctypes.c_void_p
         library.emulation_waits.restype = ctypes.c_int64
-        self.current = None  # the stream; None is the default one
+        self.current = None  # the current stream; None is the default one
         self.capturing = False
-        self.tensors = 0  # made so far
-        self.dead = []  # memory of tensors that are gone, which late work may still use
+        self.tensors = 0  # allocated so far
+        self.dead = []  # memory of deleted tensors, which enqueued work may still use
 
     def stream(self):
         return self.library.emulation_stream()
@@ -88,7 +88,7 @@ class Cuda:
         return getattr(self.library, f"emulation_{name}")(ctypes.c_void_p(self.current), *args)
 
     def slowly(self):
-        """What comes next on the current stream is done when somebody waits for it."""
+        """Later work on the current stream runs only when the host waits for it."""
         self.call("slow", 1)
 
     def synchronize(self):
@@ -98,8 +98,10 @@ class Cuda:
             self.dead.clear()
 
     def captured(self, work, warm=None):
-        """A graph of fastreplay's calls in work(), which is run once before (or else `warm` is):
-        a function that launches it."""
+        """Captures fastreplay's calls in work(), after running work() or `warm` once.
+
+        -> a function that launches the graph on the current stream
+        """
         (warm or work)()
         graph = ctypes.c_void_p(self.call("capture"))
         self.capturing = True
@@ -115,14 +117,21 @@ class Cuda:
         weakref.finalize(launch, self.library.emulation_free, graph)
         return launch
 
+    def fork(self, stream):
+        """Makes another stream part of the capture of the current one."""
+        self.call("fork", ctypes.c_void_p(stream))
+
     def quietly(self):
-        """Keeps the current stream busy. -> whether nothing waited or allocated since."""
+        """Keeps the current stream busy.
+
+        -> a function that returns whether nothing has waited or allocated since
+        """
         before = self.library.emulation_waits(), self.tensors
         self.slowly()
         return lambda: before == (self.library.emulation_waits(), self.tensors)
 
     def on_device(self, memory, late_zeros=False):
-        """A tensor of the CPU as one of the GPU."""
+        """Presents a tensor on the CPU as one on the GPU; zeros are written in stream order."""
         self.tensors += 1
         if late_zeros:
             args = ctypes.c_void_p(memory.data_ptr()), 0, ctypes.c_int64(memory.nbytes)
@@ -156,6 +165,9 @@ class RealCuda:
             work()
         return graph.replay
 
+    def fork(self, stream):
+        stream.wait_stream(torch.cuda.current_stream())
+
     def quietly(self):
         def allocated():
             return torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -168,7 +180,7 @@ class RealCuda:
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it lies on cuda:0, where code of the CPU finds nothing."""
+    """A tensor whose device is cuda:0. Its memory is on the CPU; only EmulatedDevice uses it."""
 
     @staticmethod
     def __new__(cls, memory, dead):
@@ -191,7 +203,7 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(f"{func} on the emulated device, but outside of its mode")
+        raise RuntimeError(f"{func} on the emulated device, outside of EmulatedDevice")
 
 
 class EmulatedDevice(TorchFunctionMode):
@@ -236,7 +248,7 @@ class EmulatedDevice(TorchFunctionMode):
         result = func(*bare_args, **{k: v for k, v in bare.items() if k != "device"})
         if to == "cpu":
             return result
-        if func in (torch.empty, torch.zeros):  # the zeros come late
+        if func in (torch.empty, torch.zeros):  # garbage, until the zeros are written
             result.untyped_storage().fill_(0xA5)
         same = {id(x.memory): x for x in on_device} | {id(x): x for x in tensors}
 
@@ -247,7 +259,7 @@ class EmulatedDevice(TorchFunctionMode):
 
 
 def load():
-    """The emulated module, compiled if need be."""
+    """The emulated module, compiled if necessary."""
     if "emulated._cuda" not in sys.modules:
         path = os.environ.get("FASTREPLAY_EMULATED") or build(ROOT / "build" / "emulated")
         spec = importlib.util.spec_from_file_location("emulated._cuda", path)
@@ -263,7 +275,7 @@ def cuda() -> Cuda:
 
 
 class OnHost:
-    """A replay or a tree on CUDA, whose results come to the CPU and whose errors come at once."""
+    """A replay or a tree on CUDA that returns results on the CPU and raises errors at once."""
 
     RESULTS = ("sample", "draw", "gather", "drawable", "find", "get", "weights")
 

@@ -1,7 +1,4 @@
-"""What the replay and the losses must compute, as plainly as can be, for all tests.
-
-Nothing here is fast, and nothing here is used by the scripts.
-"""
+"""Plain reference implementations of the replay, the sum-tree and the losses, for all tests."""
 
 import numpy as np
 
@@ -9,8 +6,8 @@ UNIT = 2**20  # the leaf of priority 1
 
 
 class OracleReplay:
-    """A replay that keeps the whole history of every game, with the stacks as the environment gave
-    them, and works out from the definition which transitions can be drawn and what they are."""
+    """A replay that keeps the whole history of every game, with the stacks as the environment
+    returned them, and derives the transitions that can be drawn from their definition."""
 
     def __init__(self, capacity, num_envs=1, stack=4, n_step=1, gamma=0.99):
         self.rows, self.num_envs, self.stack = capacity // num_envs, num_envs, stack
@@ -25,7 +22,7 @@ class OracleReplay:
             self.history[game].append(row)
 
     def transitions(self):
-        """{flat index: (obs, action, return, next_obs, discount)} of all that can be drawn."""
+        """{flat index: (obs, action, return, next_obs, discount)} of all rows that can be drawn."""
         found = {}
         for game, history in enumerate(self.history):
             for t in range(max(len(history) - self.rows, 0), len(history)):
@@ -55,7 +52,7 @@ class OracleReplay:
         k, total, terminated = 0, 0.0, False
         while True:
             if t + k + 1 >= end:
-                return None  # what the step led to is not stored yet
+                return None  # the next observation is not stored yet
             total += self.gamma**k * history[t + k][2]
             terminated = history[t + k][3]
             k += 1
@@ -66,28 +63,37 @@ class OracleReplay:
 
 
 class OraclePriorities:
-    """The integer leaf of every row of an OracleReplay: 0 where nothing can be drawn, and the
-    largest leaf seen where something newly can."""
+    """The integer leaf of every row of an OracleReplay: 0 if it cannot be drawn, and the largest
+    leaf seen if it has become drawable. A row that has replaced an older one takes priorities once
+    it has been drawn: until then they are those of the older row."""
 
     def __init__(self, reference, alpha=1.0, epsilon=1e-6):
         self.reference, self.alpha, self.epsilon = reference, alpha, epsilon
         self.leaves, self.largest = {}, UNIT  # leaves by (flat index, row number)
+        self.drawn = set()  # (flat index, row number)
 
     def rows(self):
-        """(flat index, row number) of everything that can be drawn."""
+        """(flat index, row number) of all rows that can be drawn; rows are numbered from 0."""
         end, rows = len(self.reference.history[0]), self.reference.rows
         return [(i, end - 1 - (end - 1 - i % rows) % rows) for i in self.reference.transitions()]
 
     def after_add(self):
         self.leaves = {row: self.leaves.get(row, self.largest) for row in self.rows()}
 
+    def draw(self, indices):
+        drawable = dict(self.rows())
+        self.drawn |= {(i, drawable[i]) for i in indices.tolist()}
+
     def update(self, indices, td_errors):
         drawable = dict(self.rows())
         for i, td_error in zip(indices.tolist(), td_errors.tolist()):
             leaf = quantise(abs(td_error) + self.epsilon, self.alpha)
             self.largest = max(self.largest, leaf)
-            if i in drawable:
-                self.leaves[i, drawable[i]] = leaf
+            if i not in drawable:
+                continue
+            row = i, drawable[i]
+            if row[1] < self.reference.rows or row in self.drawn:
+                self.leaves[row] = leaf
 
     def flat(self):
         """The leaf of every flat index."""
@@ -137,14 +143,14 @@ def philox(counter, key):
 
 
 def random64(seed, call, sample, attempt=0):
-    """The 64 random bits of one attempt at one sample of one call."""
+    """The 64 random bits of an attempt at a sample of a call."""
     word = 2**32 - 1
     x = philox((sample, attempt, call & word, call >> 32), (seed & word, seed >> 32))
     return x[1] << 32 | x[0]
 
 
 def targets(seed, call, batch_size, total, stratified):
-    """Where in [0, total) each sample of a call falls."""
+    """The target in [0, total) of each sample of a call."""
     bits = [random64(seed, call, i) for i in range(batch_size)]
     if stratified:
         bits = [(i * 2**64 + b) // batch_size for i, b in enumerate(bits)]

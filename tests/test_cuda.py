@@ -1,7 +1,7 @@
-"""What only a replay on CUDA has: data that is there already, errors seen late, streams, graphs.
+"""What only a replay on CUDA has: arguments on the GPU, latched errors, streams, graphs.
 
-That it draws and builds what the CPU does is tested with the CPU, in test_sum_tree.py and
-test_frame_replay.py. Tests without a mark run on the emulation too; those with `gpu` need a GPU.
+That it draws and builds the same as the CPU is tested in test_sum_tree.py and test_frame_replay.py.
+Tests marked `gpu` need a GPU; the others run on the emulation too.
 """
 
 import importlib
@@ -22,7 +22,7 @@ fastreplay = pytest.importorskip("fastreplay")
 if not fastreplay.backends():
     pytest.skip("fastreplay is not compiled", allow_module_level=True)
 
-from fastreplay import FrameReplay, SumTree  # noqa: E402
+from fastreplay import FrameReplay, SumTree, _device, _self_check  # noqa: E402
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -30,7 +30,7 @@ one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GP
 
 @pytest.fixture(params=CUDA)
 def device(request):
-    """Where tensors of a replay with device="cuda" lie."""
+    """The device of the tensors of a replay with device="cuda"."""
     if request.param == "cuda-emulated":
         request.getfixturevalue("emulation")
         return torch.device("cuda", 0)
@@ -47,7 +47,7 @@ def cuda(device, request):
 
 
 def equal(first, second):
-    """Bit for bit, wherever they lie."""
+    """Whether tensors have equal values, on whichever device they are."""
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
 
 
@@ -65,7 +65,7 @@ def tensors(row, device):
 
 
 def pair(capacity=600, frame_shape=(2, 2), steps=50, num_envs=2, seed=0, **options):
-    """A replay on the CPU and one on CUDA that were told the same."""
+    """A replay on the CPU and one on CUDA that are given the same rows."""
     replays = [
         FrameReplay(capacity, frame_shape, num_envs, device=where, **options)
         for where in ("cpu", "cuda")
@@ -89,19 +89,19 @@ def pair(capacity=600, frame_shape=(2, 2), steps=50, num_envs=2, seed=0, **optio
         {"capacity": 10, "stack": 8, "n_step": 2},
     ],
 )
-def test_tensors_on_the_device_go_straight_in(device, options):
+def test_rows_on_the_device_are_stored_like_rows_on_the_cpu(device, options):
     cpu, cuda = pair(steps=0, **({"capacity": 60} | options))
     games, rng = Games(cpu.num_envs, np.random.default_rng(1)), np.random.default_rng(1)
     for step in range(150):
         row = games.step()
         frames, actions, rewards, terminations, starts = tensors(row, device)
-        apart = torch.stack([frames, frames + 1], dim=1)  # frames of a larger observation
+        strided = torch.stack([frames, frames + 1], dim=1)  # frames of a larger observation
         kind = step % 3
         if kind == 1:
             actions, rewards = actions.int(), rewards.double()
-        if kind == 2:  # some here, some there
+        if kind == 2:  # some columns are on the CPU
             actions, terminations = row[1], row[3]
-        cuda.add(apart[:, 0], actions, rewards, terminations, starts)
+        cuda.add(strided[:, 0], actions, rewards, terminations, starts)
         cpu.add(*row)
         if step % 10 == 9 and cpu._ring.n_drawable:
             first, second = cpu.sample(16), cuda.sample(16)
@@ -114,6 +114,20 @@ def test_tensors_on_the_device_go_straight_in(device, options):
     assert equal_states(cpu.state_dict(), cuda.state_dict())
     if cuda._tree is not None:
         cuda._tree.check_valid()
+
+
+def test_rows_on_the_cpu_may_have_values_on_the_gpu(device):
+    cpu, cuda = pair(60, steps=20, prioritized=True)
+    errors = torch.arange(4.0)
+    for rows in ([0, 3, 1, 0], np.array([4, 5, 6, 7]), torch.tensor([8, 9, 8, 8])):
+        cpu.update_priorities(rows, errors)
+        cuda.update_priorities(rows, errors.to(device))
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
+    with pytest.raises(ValueError, match=r"td_error must be on .*, like the indices"):
+        cuda.update_priorities(torch.tensor([0], device=device), np.ones(1))
+    with pytest.raises(IndexError):
+        cuda.update_priorities([999], errors[:1].to(device))
+    assert equal_states(cpu.state_dict(), cuda.state_dict())
 
 
 @pytest.mark.parametrize("n", [1, 31, 257, 5000])
@@ -143,12 +157,12 @@ LATE = [
 
 
 @pytest.mark.parametrize("call, words", LATE)
-def test_an_error_seen_by_the_device_waits_for_check_and_changes_nothing(device, call, words):
+def test_an_error_is_latched_until_check_and_changes_nothing(device, call, words):
     cpu, cuda = pair(400, steps=40, prioritized=True)
     call(cuda, device)
     with pytest.raises((ValueError, IndexError), match=words):
         cuda.check()
-    cuda.check()  # told once
+    cuda.check()  # raised once
     assert equal_states(cpu.state_dict(), cuda.state_dict())
     assert equal(cpu.sample(32), cuda.sample(32))
 
@@ -164,7 +178,7 @@ def test_a_sample_that_cannot_be_made_is_zeros(device):
     assert batch.obs[0].any() and batch.is_weights[0] == 1
 
 
-def test_an_action_that_does_not_fit_is_told(device):
+def test_an_action_that_does_not_fit_is_reported(device):
     _, cuda = pair(40, steps=3)
     row = Games(2, np.random.default_rng(0)).step()
     cuda.add(*tensors((row[0], np.array([3, 2**40]), *row[2:]), device))
@@ -190,7 +204,7 @@ def test_states_move_between_devices(device, prioritized):
     assert equal([tree.sample(50)], [other.sample(50)])
 
 
-def test_beta_is_that_of_the_moment(device):
+def test_beta_may_be_changed_at_any_time(device):
     cpu, cuda = pair(60, steps=45, prioritized=True)
     for replay in (cpu, cuda):
         replay.update_priorities(np.arange(20), np.arange(20.0))
@@ -203,7 +217,7 @@ def test_beta_is_that_of_the_moment(device):
 
 
 @pytest.mark.parametrize("storage", ["host", "device", "auto"])
-def test_where_frames_lie(device, storage, monkeypatch):
+def test_storage_of_frames(device, storage, monkeypatch):
     cpu, cuda = pair(100, (84, 84), steps=60, storage=storage)
     assert cuda.storage == ("device" if storage == "auto" else storage)
     assert cuda._frames.device == (torch.device("cpu") if storage == "host" else device)
@@ -211,7 +225,7 @@ def test_where_frames_lie(device, storage, monkeypatch):
     assert equal(cpu.sample(20), cuda.sample(20))
     assert equal_states(cpu.state_dict(), cuda.state_dict())
     with monkeypatch.context() as patch:
-        patch.setattr(type(cuda._place), "free_memory", lambda place: 100 * 7056)
+        patch.setattr(type(cuda._backend), "free_memory", lambda backend: 100 * 7056)
         assert FrameReplay(100, (84, 84), device="cuda").storage == "host"
 
     def no_room(*args, **options):
@@ -223,7 +237,7 @@ def test_where_frames_lie(device, storage, monkeypatch):
         FrameReplay(100, (84, 84), device="cuda", storage="device")
 
 
-def test_results_and_memory_lie_on_the_device(device):
+def test_results_and_memory_are_on_the_device(device):
     _, cuda = pair(60, steps=45, prioritized=True)
     assert cuda.device.type == device.type
     assert all(tensor.device == device for tensor in cuda.sample(4))
@@ -249,7 +263,7 @@ def test_without_a_gpu_there_is_one_clear_error():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     lines = result.stdout.splitlines()
     assert len(lines) == 2 and not result.stderr, result
@@ -261,20 +275,93 @@ def test_without_a_gpu_there_is_one_clear_error():
         FrameReplay(9, (2, 2), storage="disk")
 
 
+def frame_fault(replay, calls):
+    replay._frames[0, 3, 5] = 7
+
+
+def reward_fault(replay, calls):
+    replay._rewards[1] = 0.5
+
+
+def draw_fault(replay, calls):
+    replay._ring.seed = 99
+
+
+def priority_fault(replay, calls):  # after the last update of the first replay
+    if calls == 3:
+        replay._tree._leaves.copy_(replay._tree._leaves.cpu().flip(0))
+
+
+FAULTS = [
+    (None, None, ""),
+    ("add", frame_fault, "obs of a replay that returns torch.uint8 in torch.contiguous_format"),
+    ("add", reward_fault, "rewards of"),
+    ("add", draw_fault, "obs of"),
+    ("update_priorities", priority_fault, "priorities of"),
+]
+
+
+@pytest.mark.parametrize("method, fault, words", FAULTS)
+def test_the_self_check_finds_a_gpu_that_computes_something_else(
+    device, monkeypatch, method, fault, words
+):
+    """A fault is planted in memory after each call of a method; without one, nothing is found."""
+    calls = 0
+
+    def faulty(replay, *arguments):
+        nonlocal calls
+        good(replay, *arguments)
+        if replay.device.type == "cuda":
+            calls += 1
+            fault(replay, calls)
+
+    if fault is not None:
+        good = getattr(FrameReplay, method)
+        monkeypatch.setattr(FrameReplay, method, faulty)
+    monkeypatch.setattr(_device, "checks_emulation", True)
+    monkeypatch.setattr(_device, "_self_checks", {})
+    problem = fastreplay.cuda_problem()
+    assert words in problem and bool(problem) == bool(words) and "\n" not in problem
+    monkeypatch.setattr(_self_check, "difference", None)  # it runs once for each GPU
+    for make in (lambda: SumTree(9, device="cuda"), lambda: FrameReplay(9, (2,), device="cuda")):
+        if words:
+            with pytest.raises(RuntimeError, match=f"self-check failed.*{words}"):
+                make()
+        else:
+            make()
+
+
+def test_a_self_check_that_cannot_run_is_tried_again(device, monkeypatch):
+    def out_of_memory(where):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it.")
+
+    monkeypatch.setattr(_device, "checks_emulation", True)
+    monkeypatch.setattr(_device, "_self_checks", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(_self_check, "difference", out_of_memory)
+        assert fastreplay.cuda_problem().endswith(": CUDA out of memory.")
+    assert fastreplay.cuda_problem() == ""
+
+
 @pytest.mark.skipif("cuda" not in fastreplay.backends(), reason="needs the CUDA build")
 def test_a_gpu_that_cannot_be_used_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert fastreplay.cuda_problem() == "Some GPU has compute capability 7.5; fastreplay needs 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    assert fastreplay.cuda_problem() == "Some GPU has compute capability 7.0; fastreplay needs 7.5"
     with pytest.raises(RuntimeError, match="there is no cuda:1"):
         SumTree(9, device="cuda:1")
     module = importlib.import_module("fastreplay._cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     monkeypatch.setattr(module, "free_memory", lambda index: 1 << 30)
+    monkeypatch.setattr(_device, "_self_checks", {0: ""})
     assert fastreplay.cuda_problem() == ""
+    monkeypatch.setattr(_device, "_self_checks", {})
+    monkeypatch.setattr(_self_check, "difference", lambda device: f"draws on {device}")
+    problem = "fastreplay's self-check failed on Some GPU: draws on cuda:0 differ from the CPU's"
+    assert fastreplay.cuda_problem().startswith(problem)
 
     def too_old(index):
         raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
@@ -291,7 +378,7 @@ def frames_of(rng, num_envs=2, shape=(84, 84)):
     return rng.integers(0, 256, (num_envs, *shape), dtype=np.uint8)
 
 
-def test_staging_waits_for_the_zeros_that_torch_puts_there(cuda):
+def test_staging_waits_until_torch_has_zeroed_its_memory(cuda):
     cuda.slowly()
     tree = SumTree(1000, device="cuda")
     tree.set(np.arange(1000), np.ones(1000))
@@ -307,7 +394,7 @@ def test_staging_waits_for_the_zeros_that_torch_puts_there(cuda):
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_a_replayed_graph_draws_anew_and_equals_eager(cuda, prioritized):
+def test_each_launch_of_a_graph_draws_anew_and_equals_eager_calls(cuda, prioritized):
     shape = (4, 8)
     cpu, replay = pair(600, shape, steps=200, prioritized=prioritized)
     out, errors = replay._empty_batch(32), torch.zeros(32, device="cuda")
@@ -374,7 +461,7 @@ def test_what_cannot_be_captured_is_refused(cuda):
                 call()
             except RuntimeError as error:
                 refused.append("graph" in str(error))
-        replay.draw(1)  # a capture of something
+        replay.draw(1)  # so that the graph is not empty
 
     cuda.captured(work, warm=lambda: replay.draw(1))
     assert refused == [True] * len(calls)
@@ -382,7 +469,7 @@ def test_what_cannot_be_captured_is_refused(cuda):
 
 
 def test_a_capture_leaves_other_streams_alone(cuda):
-    """Data of the CPU for one replay, and waits, while a graph of another is being captured."""
+    """One replay is given data of the CPU, and waits, during a graph capture of another."""
     cpu, replay = pair(60, steps=20)
     _, other = pair(60, steps=20)
     games, side = Games(2, np.random.default_rng(1)), cuda.stream()
@@ -405,11 +492,11 @@ def test_nothing_allocates_or_waits(cuda):
     out, errors = replay._empty_batch(256), torch.rand(256, device="cuda")
     rng = np.random.default_rng(0)
     row = (frames_of(rng, shape=(4, 8)), *Games(2, rng).step()[1:])
-    there = tensors(row, "cuda")
+    row_on_gpu = tensors(row, "cuda")
 
     def everything():
         replay.add(*row)
-        replay.add(*there)
+        replay.add(*row_on_gpu)
         replay.sample(256, out=out)
         replay.update_priorities(out.indices, errors)
         replay.update_priorities(np.arange(10), np.ones(10))
@@ -425,7 +512,7 @@ def test_nothing_allocates_or_waits(cuda):
 
 
 def test_streams_used_in_any_order(cuda):
-    """Each operation is held up on its own stream; the next, elsewhere, still sees what it did."""
+    """Each call is delayed on its own stream; the next one, on another, still sees its effect."""
     cpu, replay = pair(60, (4, 8), steps=20, prioritized=True)
     streams = [cuda.stream() for _ in range(3)] + [None]
     games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
@@ -436,16 +523,16 @@ def test_streams_used_in_any_order(cuda):
         steps.append((row, tensors(row, "cuda") if step % 2 else row, errors, errors.cuda()))
     replay.check()
     compared = []
-    for row, row_there, errors, errors_there in steps:
+    for row, row_on_gpu, errors, errors_on_gpu in steps:
         with cuda.on(streams[rng.integers(4)]):
             cuda.slowly()
-            replay.add(*row_there)
+            replay.add(*row_on_gpu)
         with cuda.on(streams[rng.integers(4)]):
             cuda.slowly()
             batch = replay.sample(32)
         with cuda.on(streams[rng.integers(4)]):
             cuda.slowly()
-            replay.update_priorities(batch.indices, errors_there)
+            replay.update_priorities(batch.indices, errors_on_gpu)
         cpu.add(*row)
         expected = cpu.sample(32)
         cpu.update_priorities(expected.indices, errors)
@@ -453,6 +540,67 @@ def test_streams_used_in_any_order(cuda):
     replay.check()
     assert all(equal(expected, batch) for expected, batch in compared)
     assert equal_states(cpu.state_dict(), replay.state_dict())
+
+
+def test_launches_of_graphs_and_other_calls_on_any_streams(cuda):
+    """The learner is a graph, the actor in half of the steps; the caller orders no streams."""
+    cpu, replay = pair(60, (4, 8), steps=40, prioritized=True, n_step=2)
+    streams = [cuda.stream() for _ in range(3)] + [None]
+    out = replay._empty_batch(32)
+
+    def learn():
+        replay.sample(32, out=out)
+        replay.update_priorities(out.indices, out.rewards)
+
+    def learn_on_the_cpu():
+        batch = cpu.sample(32)
+        cpu.update_priorities(batch.indices, batch.rewards)
+
+    games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
+    row = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
+    row_on_gpu = tensors(row, "cuda")
+    graphs = [cuda.captured(learn), cuda.captured(lambda: replay.add(*row_on_gpu))]
+    learn_on_the_cpu(), cpu.add(*row)  # the runs before the captures
+    for step in range(40):
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            graphs[0]()
+        learn_on_the_cpu()
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            if step % 2:
+                graphs[1]()
+                cpu.add(*row)
+            else:
+                other = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
+                replay.add(*other)
+                cpu.add(*other)
+    assert equal_states(cpu.state_dict(), replay.state_dict())
+    assert equal(cpu.sample(32), replay.sample(32))
+
+
+def test_calls_of_one_graph_on_two_streams_are_refused(cuda):
+    _, replay = pair(60, steps=40)
+    side, refused = cuda.stream(), []
+    first = torch.empty(1, device="cuda")
+
+    def work():
+        replay.draw(1)
+        main = torch.cuda.current_stream() if isinstance(cuda, RealCuda) else None
+        cuda.fork(side)
+        with cuda.on(side):
+            try:
+                replay.draw(1)
+            except RuntimeError as error:
+                refused.append(str(error))
+            if main is not None:
+                first.zero_()
+        if main is not None:
+            main.wait_stream(side)
+
+    cuda.captured(work, warm=lambda: replay.draw(1))
+    assert refused == ["the calls of one replay in one CUDA graph must be captured on one stream"]
+    replay.sample(8)
 
 
 def test_many_adds_behind_a_slow_learner_overwrite_no_slot(cuda):
@@ -463,15 +611,15 @@ def test_many_adds_behind_a_slow_learner_overwrite_no_slot(cuda):
         row = (frames_of(rng, shape=(4, 8)), *games.step()[1:])
         replay.add(*row)
         cpu.add(*row)
-        row[0][:] = 0  # the caller's memory is its own again
+        row[0][:] = 0  # after add() the caller may change its memory
     assert equal_states(cpu.state_dict(), replay.state_dict())
 
 
-def test_a_replay_may_go_before_its_work_is_done(cuda):
+def test_a_replay_may_be_deleted_before_its_work_is_done(cuda):
     for options in ({}, {"storage": "host"}, {"prioritized": True}):
         _, replay = pair(200, (4, 8), steps=20, **options)
         rng = np.random.default_rng(0)
-        replay.sample(1)  # the first one looks whether there is something to draw
+        replay.sample(1)  # the first call waits to find out whether there is something to draw
         cuda.slowly()
         for _ in range(6):
             replay.add(frames_of(rng, shape=(4, 8)), *Games(2, rng).step()[1:])
@@ -480,13 +628,13 @@ def test_a_replay_may_go_before_its_work_is_done(cuda):
         assert batch.obs.cpu().any()
 
 
-def test_what_the_sanitizers_run_runs(cuda, capsys, monkeypatch):
+def test_the_script_for_compute_sanitizer_runs(cuda, capsys, monkeypatch):
     monkeypatch.syspath_prepend(ALGOS.parent / "benchmarks")
     importlib.import_module("gpu_check").main(batch_sizes=(1, 5))
     assert "every kernel has run" in capsys.readouterr().out
 
 
-def test_runs_are_bitwise_alike(cuda):
+def test_runs_are_bit_identical(cuda):
     def run():
         _, replay = pair(600, (4, 8), steps=100, prioritized=True)
         rng = np.random.default_rng(3)
@@ -503,7 +651,7 @@ def test_runs_are_bitwise_alike(cuda):
 @pytest.mark.gpu
 @no_gpu
 def test_threads_that_use_one_replay():
-    """One adds on a stream of its own while another samples and waits."""
+    """One thread adds on a stream of its own while another samples and waits."""
     _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
     rng, stream, stop = np.random.default_rng(0), torch.cuda.Stream(), threading.Event()
     rows = [(frames_of(rng), *Games(2, rng).step()[1:]) for _ in range(50)]

@@ -1,4 +1,4 @@
-"""What `pip install .` leaves behind."""
+"""What `pip install .` installs."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="needs a compiler")
 def test_fastreplay_is_compiled_where_there_is_a_compiler():
-    """Or else every test of it would be skipped without a word."""
+    """Otherwise all tests of fastreplay would be skipped unnoticed."""
     import fastreplay
 
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -21,13 +21,15 @@ def test_fastreplay_is_compiled_where_there_is_a_compiler():
 
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="needs a compiler")
 def test_the_cuda_kernels_are_tested_where_there_is_a_compiler():
-    """Or else their tests would be skipped without a word."""
+    """Otherwise all tests of the kernels would be skipped unnoticed."""
     assert emulated.load().SumTree.slots(33) == 64 + 32
 
 
 def test_import_is_lazy():
-    """`import fastreplay` loads neither torch nor a compiled half."""
+    """`import fastreplay` imports neither torch nor a compiled module."""
     code = "import sys, fastreplay; print({'torch', *COMPILED} & set(sys.modules))"
     code = code.replace("COMPILED", "('fastreplay._cpu', 'fastreplay._cuda')")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "set()", result.stderr

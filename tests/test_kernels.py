@@ -109,7 +109,7 @@ def configuration(seed):
     memory_format = FORMATS[seed // 4 % 2]
     stack = int(rng.integers(1, 9)) if seed % 3 else 4
     contiguous = memory_format == torch.contiguous_format
-    rows, num_envs = int(rng.choice([1, 2, 5, 12, 40])), int(rng.integers(1, 5))
+    rows, num_envs = int(rng.choice([2, 3, 5, 12, 40])), int(rng.integers(1, 5))
     return {
         "capacity": rows * num_envs + int(rng.integers(num_envs)),
         "num_envs": num_envs,

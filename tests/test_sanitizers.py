@@ -10,7 +10,7 @@ import pytest
 
 
 def has(library):
-    """GCC prints a path for a library that it has, and the bare name for one that it lacks."""
+    """Whether GCC has a library: it then prints its path, otherwise the bare name."""
     answer = subprocess.run(["gcc", f"-print-file-name={library}"], capture_output=True, text=True)
     return "/" in answer.stdout
 
@@ -19,7 +19,7 @@ def has(library):
     not sys.platform.startswith("linux") or not shutil.which("gcc") or not has("libasan.so"),
     reason="needs GCC's sanitizers",
 )
-def test_no_sanitizer_has_anything_to_say():
+def test_no_sanitizer_reports_an_error():
     script = Path(__file__).parent / "sanitize.sh"
     environment = os.environ | {"PYTHON": sys.executable}
     run = subprocess.run(

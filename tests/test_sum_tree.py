@@ -1,5 +1,7 @@
-"""The exact sum-tree against a list of integers, and its law."""
+"""The exact sum-tree against a list of integers, and the distribution of its draws."""
 
+import copy
+import pickle
 import sys
 
 import numpy as np
@@ -21,7 +23,7 @@ CAPACITIES = [1, 2, 3, 15, 16, 17, 31, 32, 33, 255, 256, 257, 4095, 4096, 4097]
 
 @pytest.fixture(autouse=True, params=["plain", "avx2", "avx512", *CUDA])
 def instructions(request, monkeypatch):
-    """Every test runs with each of these: `SumTree` is the class to test."""
+    """Runs every test with each instruction set and on CUDA; `SumTree` is the class to test."""
     module = sys.modules[__name__]
     if request.param.startswith("cuda"):
         monkeypatch.setattr(module, "SumTree", on_cuda(request, request.param, SumTree))
@@ -87,7 +89,7 @@ def test_any_sequence_of_operations_agrees_with_a_list(data):
         tree.set(longs(indices), torch.tensor(priorities, dtype=torch.float32))
         plain.set(indices, priorities)
         difference = raw(tree).astype(np.int64) - np.array(plain.leaves)
-        # numpy's power may round the other way once in many millions; 1 is exact
+        # NumPy's power may round a leaf the other way, very rarely; p^1 is exact.
         assert np.abs(difference).max() <= (alpha != 1.0)
         plain.leaves = raw(tree).tolist()
         tree.check_valid()
@@ -141,11 +143,11 @@ def test_draws_follow_the_priorities(stratified, instructions):
         counts += np.bincount(tree.sample(4000, stratified), minlength=capacity)
     law = priorities.astype(np.float64) ** 0.6
     p_value = stats.chisquare(counts, law / law.sum() * draws).pvalue
-    # stratified draws vary less than the law allows, so only the lower end means anything there
+    # The counts of stratified draws vary less than multinomial ones, so no upper limit is tested.
     assert p_value > 1e-4
 
 
-def test_weights_are_those_of_the_law():
+def test_weights_are_those_of_the_definition():
     tree = SumTree(5, alpha=0.5)
     tree.set(np.arange(5), np.array([1.0, 4.0, 9.0, 0.0, 16.0]))
     np.testing.assert_array_equal(tree.get(np.array([4, 1, 3])), [4.0, 2.0, 0.0])
@@ -196,7 +198,7 @@ def test_same_seed_same_draws_on_every_instruction_set(instructions):
     assert torch.equal(first[2], second[2]) and torch.equal(first[3], second[3])
 
 
-def test_a_restored_tree_goes_on_with_the_same_draws(tmp_path):
+def test_a_restored_tree_continues_the_draws(tmp_path):
     tree = SumTree(1000, alpha=0.7, seed=2**64 - 1)
     tree.set(np.arange(1000), np.random.default_rng(0).random(1000))
     tree.sample(10)
@@ -208,11 +210,44 @@ def test_a_restored_tree_goes_on_with_the_same_draws(tmp_path):
         assert torch.equal(tree.sample(64), other.sample(64))
 
 
-def test_nothing_to_set_or_get_is_no_error():
+def test_empty_arrays_are_accepted():
     tree = SumTree(10)
-    none = torch.as_tensor(np.zeros(0, np.int64))  # its stride may be 0
+    none = torch.as_tensor(np.zeros(0, np.int64))  # NumPy may give it a stride of 0
     tree.set(none, torch.as_tensor(np.zeros(0)))
     assert tree.total() == 0 and len(tree.get(none)) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [list, tuple, np.int32, torch.int32, "read-only"])
+def test_rows_may_be_any_integers(kind):
+    tree, twin = SumTree(10), SumTree(10)
+    plain = np.array([3, 1, 9, 3])
+    if kind == "read-only":
+        rows = plain.copy()
+        rows.setflags(write=False)
+    elif isinstance(kind, torch.dtype):
+        rows = torch.tensor(plain, dtype=kind)
+    else:
+        rows = plain.astype(kind) if kind is np.int32 else kind(plain.tolist())
+    tree.set(rows, np.arange(1.0, 5)), twin.set(plain, np.arange(1.0, 5))
+    assert (raw(tree) == raw(twin)).all()
+    for method, more in (("get", ()), ("weights", (0.5,)), ("find", ())):
+        assert torch.equal(getattr(tree, method)(rows, *more), getattr(twin, method)(plain, *more))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tree: pickle.loads(pickle.dumps(tree))])
+def test_a_tree_can_be_pickled_and_copied(copied):
+    tree = SumTree(100, alpha=0.6, seed=3)
+    tree = getattr(tree, "inner", tree)
+    tree.set(np.arange(100), np.arange(100.0))
+    tree.sample(3)
+    twin = copied(tree)
+    assert type(twin) is type(tree) and (twin.alpha, twin.seed) == (0.6, 3)
+    for _ in range(2):
+        assert torch.equal(tree.sample(50).cpu(), twin.sample(50).cpu())
+    tree.set(np.array([99]), np.zeros(1))  # the two share no memory
+    assert twin.get(np.array([99])).item() > 0
+    twin.check_valid()
 
 
 BAD = [
@@ -227,6 +262,10 @@ BAD = [
     ("set", (longs([1]), torch.ones(1, dtype=torch.int64)), TypeError, "float32"),
     ("set", (longs([1, 2, 3, 4])[::2], torch.ones(2)), ValueError, "contiguous"),
     ("set", ([1], [1.0]), TypeError, "tensor"),
+    ("set", ([1.0], torch.ones(1)), TypeError, "integers"),
+    ("set", ([True], torch.ones(1)), TypeError, "integers"),
+    ("set", (torch.tensor([True]), torch.ones(1)), TypeError, "int64"),
+    ("get", ([2**64],), IndexError, "64 bits"),
     ("set", (longs([1]).to("meta"), torch.ones(1)), ValueError, "CPU"),
     ("find", (longs([3 * 2**20]),), IndexError, "target"),
     ("find", (longs([-1]),), IndexError, "target"),
@@ -259,10 +298,38 @@ def test_what_cannot_be_built_or_loaded():
             SumTree(4, alpha=alpha)
     with pytest.raises(ValueError, match="nothing to draw"):
         SumTree(4).sample(1)
+
+
+NOT_A_STATE = [
+    (None, "is a dict, not NoneType"),
+    ([], "is a dict, not list"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"seed": "1"}, "seed"),
+    ({"calls": 1.5}, "calls"),
+    ({"capacity": 5}, "capacity"),
+    ({"alpha": 0.5}, "alpha"),
+    ({"leaves": None}, "leaves"),
+    ({"leaves": torch.ones(4)}, "leaves"),
+    ({"leaves": torch.ones(5, dtype=torch.int32)}, "leaves"),
+]
+
+
+@pytest.mark.parametrize("changes, words", NOT_A_STATE)
+def test_a_state_that_does_not_fit_changes_nothing(changes, words):
+    tree, other = SumTree(4), SumTree(4, seed=9)
+    for each in (tree, other):
+        each.set(np.arange(4), np.arange(4.0))
+    before, calls = raw(tree).copy(), tree.calls
+    state = other.state_dict() | changes if isinstance(changes, dict) else changes
+    with pytest.raises(ValueError, match=words):
+        tree.load_state_dict(state)
+    assert (raw(tree) == before).all() and (tree.seed, tree.calls) == (1, calls)
+
+
+def test_a_state_that_lacks_something_is_refused():
     tree = SumTree(4)
-    with pytest.raises(ValueError, match="capacity"):
-        tree.load_state_dict(SumTree(5).state_dict())
-    with pytest.raises(ValueError, match="lacks leaves"):
+    with pytest.raises(ValueError, match="lacks: leaves"):
         tree.load_state_dict({k: v for k, v in tree.state_dict().items() if k != "leaves"})
 
 

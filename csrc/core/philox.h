@@ -1,14 +1,14 @@
 // Philox 4x32-10: random bits as a pure function of (seed, call, sample, attempt).
 //
-// There is no generator state but a counter of calls, so a buffer restored from disk goes on with
-// the same draws, any thread may compute any sample's bits, and the CPU and CUDA agree.
+// The only state is a counter of calls. So a replay that is restored continues with the same draws,
+// any thread can compute the bits of any sample, and CPU and CUDA draw the same.
 //
 //   key     = seed                                    (2 words)
 //   counter = sample | attempt | call low | call high (4 words)
 //   result  = words 0 and 1 of the block, as one 64-bit number
 //
 // Reference: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-// Cost: ten rounds of two 32-bit multiplications; compilers vectorise a loop over samples.
+// Cost: ten rounds of two 32-bit multiplications. Compilers vectorize a loop over samples.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ FR_HOST_DEVICE inline uint64_t random64(uint64_t seed, uint64_t call, uint32_t s
   return uint64_t{c1} << 32 | c0;
 }
 
-// floor(a * b / 2^64). With `a` 64 random bits this is a number below b: always in range, and the
-// chance of no value is off by more than b / 2^64.
+// floor(a * b / 2^64). If `a` is 64 random bits, this is a random number below b; no value's
+// probability differs from 1 / b by more than 2^-64.
 FR_HOST_DEVICE inline uint64_t mulhi64(uint64_t a, uint64_t b) {
 #ifdef __SIZEOF_INT128__
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
@@ -52,10 +52,10 @@ FR_HOST_DEVICE inline uint64_t mulhi64(uint64_t a, uint64_t b) {
 #endif
 }
 
-// Squeezes 64 random bits into stratum `sample` of `batch` equal ones:
+// Maps 64 random bits to part `sample` of `batch` equal parts of [0, 2^64):
 // floor((sample * 2^64 + bits) / batch), computed in two 64-bit steps.
 FR_HOST_DEVICE inline uint64_t stratum64(uint64_t bits, uint32_t sample, uint32_t batch) {
-  // sample < batch < 2^32: long division in base 2^32, each partial dividend below batch * 2^32.
+  // Long division in base 2^32: with sample < batch < 2^32, each partial dividend fits 64 bits.
   const uint64_t high = uint64_t{sample} << 32 | bits >> 32;
   const uint64_t quotient = high / batch, remainder = high % batch;
   return quotient << 32 | (remainder << 32 | (bits & 0xFFFFFFFF)) / batch;

@@ -3,9 +3,9 @@
 //   leaf = clamp(rint(p^alpha * 2^20), 1, 2^32 - 1)   for p > 0
 //   leaf = 0                                          for p = 0: never drawn
 //
-// Powers are computed here from +, -, *, / alone (no libm, no fused multiply-add: build with
-// -ffp-contract=off, nvcc -fmad=false), so that every processor quantises alike to the last bit and
-// compilers can vectorise a loop over them. Their relative error is below 1e-15.
+// Powers are computed from +, -, * and / alone, without libm and without fused multiply-add (build
+// with -ffp-contract=off, nvcc -fmad=false). So every processor gets the same bits, and compilers
+// vectorize loops over them. The relative error is below 1e-15.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +15,12 @@
 
 namespace fastreplay {
 
-constexpr uint32_t kUnitLeaf = 1u << 20;  // the leaf of p^alpha = 1
+constexpr uint32_t kUnitLeaf = 1u << 20;  // p^alpha = 1
 constexpr double kMaxLeaf = 4294967295.0;
 
-// Nearest integer (ties to even) of |x| < 2^51, as a double.
+// x rounded to an integer (ties to even), for |x| < 2^51.
 FR_HOST_DEVICE inline double nearest(double x) {
-  const double shift = 6755399441055744.0;  // 1.5 * 2^52: the last bit of the sum is worth 1
+  const double shift = 6755399441055744.0;  // 1.5 * 2^52: the last bit of the sum has value 1
   return (x + shift) - shift;
 }
 
@@ -36,13 +36,14 @@ FR_HOST_DEVICE inline uint64_t to_bits(double value) {
   return bits;
 }
 
-// log2 of a normal number x > 0: x = 2^e m with m in [sqrt(1/2), sqrt(2)), then with
-// s = (m - 1) / (m + 1): log2 m = 2 / ln 2 * (s + s^3 / 3 + s^5 / 5 + ...).
+// log2 of a normal number x > 0. With x = 2^e m, m in [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1):
+// log2 m = 2 / ln 2 * (s + s^3 / 3 + s^5 / 5 + ...).
 FR_HOST_DEVICE inline double log2_exact(double x) {
   const uint64_t bits = to_bits(x);
-  // Subtracting the bits of sqrt(1/2) makes the exponent field count from there.
+  // The bits of x minus those of sqrt(1/2): the exponent field now holds e.
   const uint64_t offset = bits - 0x3FE6A09E667F3BCDull;
-  // The exponent as a double without an integer conversion: 2^52 + 2^11 biased, then taken off.
+  // e as a double, without an integer conversion: written into the mantissa of 2^52, with a bias of
+  // 2^11, which is subtracted.
   const double e = from_bits(0x4330000000000000ull + ((offset >> 52) ^ 0x800)) - 4503599627372544.0;
   const double m = from_bits(bits - (offset & 0xFFF0000000000000ull));
   const double s = (m - 1.0) / (m + 1.0), z = s * s;
@@ -60,7 +61,7 @@ FR_HOST_DEVICE inline double log2_exact(double x) {
   return e + 2.8853900817779268 * s * series;
 }
 
-// 2^y for |y| < 1000: y = k + f with |f| <= 1/2, then the Taylor series of e^(f ln 2).
+// 2^y for |y| < 1000. With y = k + f, |f| <= 1/2: 2^k times the Taylor series of e^(f ln 2).
 FR_HOST_DEVICE inline double exp2_exact(double y) {
   const double k = nearest(y);
   const double g = (y - k) * 0.69314718055994531;
@@ -78,22 +79,22 @@ FR_HOST_DEVICE inline double exp2_exact(double y) {
   series = series * g + 0.5;
   series = series * g + 1.0;
   series = series * g + 1.0;
-  const uint64_t shifted = to_bits(k + 6755399441055744.0);  // k in the low bits
+  const uint64_t shifted = to_bits(k + 6755399441055744.0);  // 1.5 * 2^52: k is in the low bits
   return series * from_bits((shifted + 1023) << 52);
 }
 
-// A finite p >= 0 and its power, as a leaf.
+// The leaf of a finite p >= 0 with this p^alpha.
 FR_HOST_DEVICE inline uint32_t to_leaf(double p, double power) {
   double leaf = power * 1048576.0;
   leaf = leaf < kMaxLeaf ? leaf : kMaxLeaf;
   leaf = leaf > 1.0 ? leaf : 1.0;
   leaf = p > 0.0 ? leaf : 0.0;
-  // Adding 2^52 rounds to an integer (ties to even) and leaves it in the low bits.
+  // Adding 2^52 rounds to an integer (ties to even), which is in the low bits of the sum.
   return static_cast<uint32_t>(to_bits(leaf + 4503599627370496.0));
 }
 
-// The leaf of a finite p >= 0, for alpha in [0, 1000]. Outside [2^-22, 2^13] the power is clamped
-// anyway.
+// The leaf of a finite p >= 0, for alpha in [0, 1000]. The power is limited to [2^-22, 2^13],
+// because leaves beyond are clamped.
 FR_HOST_DEVICE inline uint32_t quantise(double p, double alpha) {
   if (alpha == 1.0) return to_leaf(p, p);
   double y = alpha * log2_exact(p > 1e-300 ? p : 1e-300);
@@ -102,7 +103,7 @@ FR_HOST_DEVICE inline uint32_t quantise(double p, double alpha) {
   return to_leaf(p, exp2_exact(y));
 }
 
-// Importance weight of a leaf, relative to the smallest leaf of its batch (whose weight is 1):
+// The importance weight of a leaf, relative to that of the smallest leaf of its batch:
 // (N P(i))^-beta / max_j (N P(j))^-beta = (smallest / leaf)^beta.
 FR_HOST_DEVICE inline float importance_weight(uint32_t smallest, uint32_t leaf, double beta) {
   double y = beta * log2_exact(static_cast<double>(smallest) / static_cast<double>(leaf));

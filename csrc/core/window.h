@@ -1,15 +1,15 @@
-// The rules of one game's ring: which rows may be drawn, how far a stack reaches back, where an
-// n-step window ends. Shared by everything that samples.
+// The rules of one game's ring buffer: which rows may start a transition, how far a stack reaches
+// back, where an n-step window ends. CPU and CUDA share them.
 //
 //   slots      0    1    2    3    4    5    6    7      (rows = 8, all stored)
 //   steps      8    9   10   11   12    5    6    7
 //   opens      .    .    .   yes   .    .    .    .
 //                                  ^ newest  ^ oldest
 //
-// One row is one environment step: the frame seen before acting, the action, the reward that
-// followed, whether the step terminated, and whether the frame opened an episode. The row before an
-// opening row is "final": it holds the last observation of its episode and no action that counts
-// (NEXT_STEP autoreset writes exactly that row). Step 10 above is final.
+// A row is one environment step: the frame seen before acting, the action, the reward, whether the
+// step terminated the episode, and whether the frame opened one. The row before one that opens an
+// episode is final: it holds the last observation of its episode, and its action and reward are
+// ignored (NEXT_STEP autoreset produces this row). Step 10 above is final.
 #pragma once
 
 #include <cstdint>
@@ -19,18 +19,27 @@
 namespace fastreplay {
 
 enum RowFlag : uint8_t {
-  kTerminated = 1,  // the step that left this row terminated
+  kTerminated = 1,  // the action of this row terminated the episode
   kOpens = 2,       // the frame of this row opened an episode
-  kDrawable = 4,    // kept up to date by FrameRing: the answer of drawable() below
+  kDrawable = 4,    // drawable() below, kept up to date by the ring
+  // With priorities: the row has replaced an older one and was not drawn since. A priority that
+  // arrives now is that of the older row.
+  kUndrawn = 8,
 };
 
-constexpr int kAttempts = 128;  // of a uniform draw, before it counts drawable rows instead
+// Whether an update may set the priority of a row with these flags.
+FR_HOST_DEVICE inline bool takes_priority(uint8_t flags) {
+  return (flags & (kDrawable | kUndrawn)) == kDrawable;
+}
+
+// A uniform draw tries random rows, and after so many attempts counts the drawable ones.
+constexpr int kAttempts = 128;
 
 struct Ring {
-  const uint8_t* flags;  // of this game's rows
+  const uint8_t* flags;  // (rows,) of this game
   int64_t rows;
-  int64_t stored;
-  int64_t head;  // the slot the next row goes to; while not full, head == stored
+  int64_t stored;  // rows written, at most `rows`
+  int64_t head;    // the slot of the next row; equals `stored` until the ring is full
 
   FR_HOST_DEVICE int64_t after(int64_t slot) const { return slot + 1 == rows ? 0 : slot + 1; }
   FR_HOST_DEVICE int64_t before(int64_t slot) const { return slot == 0 ? rows - 1 : slot - 1; }
@@ -40,16 +49,16 @@ struct Ring {
 
 // The n-step window that starts at a row.
 struct Window {
-  int64_t end;      // the row whose stack is next_obs
-  int steps;        // k, the rewards in the sum; 0: the row starts no complete window
-  bool terminated;  // the k-th step terminated: nothing to bootstrap from
+  int64_t end;      // the slot whose stack is next_obs
+  int steps;        // k, the number of rewards in the sum; 0: no complete window starts here
+  bool terminated;  // whether the k-th step terminated: the value of next_obs does not count
 };
 
 FR_HOST_DEVICE inline Window walk_window(const Ring& ring, int64_t slot, int n_step) {
   const int64_t newest = ring.newest();
   int64_t row = slot;
   for (int k = 0; k < n_step; ++k) {
-    if (row == newest) return {row, 0, false};  // what follows is not known yet
+    if (row == newest) return {row, 0, false};  // the next row is not stored yet
     const int64_t next = ring.after(row);
     if (ring.flags[next] & kOpens) return {row, k, false};  // `row` is final: bootstrap from it
     if (ring.flags[row] & kTerminated) return {next, k + 1, true};
@@ -58,8 +67,8 @@ FR_HOST_DEVICE inline Window walk_window(const Ring& ring, int64_t slot, int n_s
   return {row, n_step, false};
 }
 
-// How many rows before `slot` belong to its stack (at most stack - 1), or -1 if the write head has
-// overwritten one of them.
+// How many rows before `slot` belong to its stack, at most stack - 1; -1 if one of them has been
+// overwritten.
 FR_HOST_DEVICE inline int stack_depth(const Ring& ring, int64_t slot, int stack) {
   const int64_t oldest = ring.oldest();
   int depth = 0;

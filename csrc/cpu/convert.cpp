@@ -8,11 +8,11 @@
 namespace fastreplay {
 namespace {
 
-// Pixels at a time: seven blocks make an 84x84 frame, and the bytes between stay in the first
-// cache.
+// Pixels of one block: seven blocks make an 84x84 frame, and interleaved bytes stay in the L1 cache
+// until they are converted.
 constexpr int kPixels = 1008;
 
-// How far ahead a copy asks for memory: the processor's own prefetching stops where a page ends.
+// How far ahead a copy prefetches, in bytes: hardware prefetching stops at the end of a page.
 constexpr int64_t kAhead = 4096;
 
 struct Kernels {

@@ -1,5 +1,7 @@
-// The loops of convert.cpp, included once for each instruction set, with FR_TARGET as in
-// sum_tree_kernels.inl and FR_F16C where the processor rounds to float16 itself.
+// The inner loops of convert.cpp, which includes this file once for each instruction set, inside a
+// namespace of its own, with
+//   FR_TARGET   the attribute that lets a function use the instructions
+//   FR_F16C     defined if the instruction set converts to float16
 
 FR_TARGET static inline void to_float16(const float* in, int n, uint16_t* out) {
 #ifdef FR_F16C
@@ -60,7 +62,7 @@ FR_TARGET static void interleave_bytes(const uint8_t* const* frames, int64_t fir
 }
 
 #ifdef __SSE2__
-// Four frames, 16 pixels at a time: bytes to pairs, pairs to quadruples.
+// Four frames, 16 pixels at a time: bytes are unpacked to pairs, pairs to quadruples.
 template <>
 FR_TARGET void interleave_bytes<4>(const uint8_t* const* frames, int64_t first, int n,
                                    uint8_t* out) {

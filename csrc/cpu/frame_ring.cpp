@@ -2,10 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
+#include <functional>
 
 #include "core/philox.h"
 #include "core/priority.h"
+#include "cpu/convert.h"
 #include "cpu/thread_pool.h"
 
 #ifdef __unix__
@@ -16,9 +17,9 @@
 namespace fastreplay {
 namespace {
 
-constexpr int64_t kThreadedBytes = 1 << 18;  // batches smaller than this are not worth a wake-up
+constexpr int64_t kThreadedBytes = 1 << 18;  // smaller batches are not worth waking threads
 
-int64_t process() {
+int64_t process_id() {
 #ifdef __unix__
   return getpid();
 #else
@@ -28,30 +29,30 @@ int64_t process() {
 
 }  // namespace
 
-// The threads, and the process that started them.
-struct FrameRing::Crew {
-  explicit Crew(int threads) : pid(process()), pool(threads) {}
+// A pool of threads, and the process that started it.
+struct FrameRing::Threads {
+  explicit Threads(int threads) : pid(process_id()), pool(threads) {}
   int64_t pid;
   ThreadPool pool;
 };
 
-FrameRing::FrameRing(const RingLayout& layout, const RingMemory& memory, std::vector<float> powers,
+FrameRing::FrameRing(const RingLayout& layout, const RingMemory& memory, const float* powers,
                      SumTree* tree, int threads)
     : layout_(layout),
       memory_(memory),
-      powers_(std::move(powers)),
+      powers_(powers),
       tree_(tree),
       threads_(threads),
       max_leaf_(kUnitLeaf),
       blank_(static_cast<size_t>(layout.frame_bytes)) {
-  const size_t most = static_cast<size_t>(layout.num_envs * (layout.n_step + layout.stack + 1));
-  changed_.reserve(most);
-  changed_leaves_.reserve(most);
+  const size_t capacity = static_cast<size_t>(layout.num_envs * (layout.n_step + layout.stack + 1));
+  changed_.reserve(capacity);
+  changed_leaves_.reserve(capacity);
 }
 
 FrameRing::~FrameRing() {
-  if (crew_ != nullptr && crew_->pid != process()) {
-    (void)crew_.release();  // its threads live in the parent: nothing here to join
+  if (own_threads_ != nullptr && own_threads_->pid != process_id()) {
+    (void)own_threads_.release();  // the threads exist in the parent only: nothing to join here
   }
 }
 
@@ -83,22 +84,23 @@ void FrameRing::add(const uint8_t* frames, int64_t frame_stride, const int32_t* 
                 static_cast<size_t>(layout_.frame_bytes));
     memory_.actions[index] = actions[game];
     memory_.rewards[index] = rewards[game];
-    // Nothing is known before the first row, so it opens an episode.
+    // What came before the first row is unknown, so it opens an episode.
     memory_.flags[index] = static_cast<uint8_t>((terminations[game] ? kTerminated : 0) |
-                                                (first || episode_starts[game] ? kOpens : 0));
+                                                (first || episode_starts[game] ? kOpens : 0) |
+                                                (full && tree_ != nullptr ? kUndrawn : 0));
   }
   head_ = slot + 1 == layout_.rows ? 0 : slot + 1;
   if (!full) ++stored_;
   for (int64_t game = 0; game < layout_.num_envs; ++game) {
     const Ring now = ring(game);
-    int64_t row = slot;  // rows whose window may have been completed by the new one
+    int64_t row = slot;  // rows whose window the new row may have completed
     for (int64_t back = 1; back <= layout_.n_step && back < stored_; ++back) {
       row = now.before(row);
       refresh(game, row);
     }
     if (!full) continue;
-    row = now.oldest();  // rows whose stack may have lost its first frame
-    for (int64_t kept = 0; kept < layout_.stack - 1 && kept < stored_; ++kept) {
+    row = now.oldest();  // rows whose stack may have lost a frame
+    for (int64_t i = 0; i < layout_.stack - 1 && i < stored_; ++i) {
       refresh(game, row);
       row = now.after(row);
     }
@@ -119,7 +121,7 @@ void FrameRing::draw(uint64_t seed, uint64_t call, int64_t n, int64_t* out) cons
       const int64_t candidate = game * layout_.rows + static_cast<int64_t>(row) % stored_;
       if (is_drawable(candidate)) index = candidate;
     }
-    if (index < 0) {  // hardly any row is drawable: take the k-th of those that are
+    if (index < 0) {  // hardly any row is drawable: takes the k-th drawable one
       const uint64_t bits = random64(seed, call, sample, kAttempts);
       uint64_t k = mulhi64(bits, static_cast<uint64_t>(n_drawable_));
       for (index = 0; !is_drawable(index) || k-- > 0;) ++index;
@@ -128,11 +130,11 @@ void FrameRing::draw(uint64_t seed, uint64_t call, int64_t n, int64_t* out) cons
   }
 }
 
-void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames,
-                            const uint8_t* follows, const FrameOutput& format, uint8_t* out) const {
+void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* next,
+                            const FrameOutput& format, uint8_t* out) const {
   const int64_t bytes = layout_.frame_bytes;
   const uint8_t* ring = memory_.frames + game * layout_.rows * bytes;
-  const int blanks = frames - 1 - depth;  // before the opening frame
+  const int blanks = frames - 1 - depth;  // frames of zeros before the opening frame
   int64_t row = slot - depth < 0 ? slot - depth + layout_.rows : slot - depth;
   if (format.channels_last) {
     const uint8_t* sources[8];
@@ -150,9 +152,9 @@ void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames,
     convert(blank_.data(), bytes, blank_.data(), format.output, format.scale, out);
   }
   const int64_t run = std::min<int64_t>(depth + 1, layout_.rows - row);  // up to the wrap-around
-  convert(ring + row * bytes, run * bytes, follows, format.output, format.scale, out);
+  convert(ring + row * bytes, run * bytes, next, format.output, format.scale, out);
   if (run < depth + 1) {
-    convert(ring, (depth + 1 - run) * bytes, follows, format.output, format.scale,
+    convert(ring, (depth + 1 - run) * bytes, next, format.output, format.scale,
             out + run * out_bytes);
   }
 }
@@ -162,55 +164,59 @@ void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& forma
   __builtin_prefetch(memory_.flags + next);
   __builtin_prefetch(memory_.actions + next);
   __builtin_prefetch(memory_.rewards + next);
-  const int64_t oldest = std::max<int64_t>(next - layout_.stack + 1, 0);  // of next's stack, mostly
-  const uint8_t* follows = memory_.frames + oldest * layout_.frame_bytes;
+  const int64_t oldest = std::max<int64_t>(next - layout_.stack + 1, 0);  // where its stack begins
+  const uint8_t* next_frames = memory_.frames + oldest * layout_.frame_bytes;  // in most cases
 
   const int64_t game = index / layout_.rows, slot = index % layout_.rows;
   const Ring ring = this->ring(game);
   const Window window = walk_window(ring, slot, layout_.n_step);
   float sum = 0.0f;
   for (int64_t k = 0, row = slot; k < window.steps; ++k, row = ring.after(row)) {
-    sum += powers_[static_cast<size_t>(k)] * memory_.rewards[game * layout_.rows + row];
+    sum += powers_[k] * memory_.rewards[game * layout_.rows + row];
   }
   batch.actions[sample] = memory_.actions[index];
   batch.rewards[sample] = sum;
-  batch.discounts[sample] = window.terminated ? 0.0f : powers_[static_cast<size_t>(window.steps)];
+  batch.discounts[sample] = window.terminated ? 0.0f : powers_[window.steps];
 
   const int depth = stack_depth(ring, slot, layout_.stack);
   uint8_t* obs = batch.obs + sample * batch.obs_stride;
-  if (is_shared(batch, format)) {
-    write_stack(game, window.end, depth + 1, layout_.stack + 1, follows, format, obs);
+  if (shares_block(layout_, format, batch)) {
+    write_stack(game, window.end, depth + 1, layout_.stack + 1, next_frames, format, obs);
     return;
   }
-  write_stack(game, slot, depth, layout_.stack, follows, format, obs);
+  write_stack(game, slot, depth, layout_.stack, next_frames, format, obs);
   write_stack(game, window.end, stack_depth(ring, window.end, layout_.stack), layout_.stack,
-              follows, format, batch.next_obs + sample * batch.next_obs_stride);
-}
-
-bool FrameRing::is_shared(const BatchMemory& batch, const FrameOutput& format) const {
-  return layout_.n_step == 1 && !format.channels_last &&
-         batch.obs_stride == batch.next_obs_stride &&
-         batch.next_obs == batch.obs + layout_.frame_bytes * expansion(format.output);
+              next_frames, format, batch.next_obs + sample * batch.next_obs_stride);
 }
 
 void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& format,
                        const BatchMemory& batch) {
-  const int frames = is_shared(batch, format) ? layout_.stack + 1 : 2 * layout_.stack;
+  const int frames = shares_block(layout_, format, batch) ? layout_.stack + 1 : 2 * layout_.stack;
   const int64_t bytes = n * frames * layout_.frame_bytes * expansion(format.output);
   const int threads = threads_ > 0 ? threads_ : openmp_threads();
   const bool alone = threads <= 1 || n < 2 || bytes < kThreadedBytes;
-  const int64_t step = alone ? 1 : threads;  // to the next call that this thread will likely take
+  const int64_t step = alone ? 1 : threads;  // to the sample that this thread will probably do next
   const auto work = [&](int64_t i) {
     gather_one(indices[i], indices[i + step < n ? i + step : i], format, batch, i);
   };
   if (alone) {
     for (int64_t i = 0; i < n; ++i) work(i);
-  } else if (threads_ > 0 || !run_on_openmp(n, work)) {
-    if (crew_ == nullptr || crew_->pid != process()) {
-      (void)crew_.release();  // null, or the parent's
-      crew_ = std::make_unique<Crew>(threads);
+    return;
+  }
+  const std::function<void(int64_t)> shared = std::cref(work);  // a reference: no allocation
+  if (threads_ > 0 || !run_on_openmp(n, shared)) {
+    if (own_threads_ == nullptr || own_threads_->pid != process_id()) {
+      (void)own_threads_.release();  // null, or the parent's: not to be joined
+      own_threads_ = std::make_unique<Threads>(threads);
     }
-    crew_->pool.run(n, work);
+    own_threads_->pool.run(n, shared);
+  }
+}
+
+void FrameRing::mark_drawn(const int64_t* indices, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint8_t& flags = memory_.flags[indices[i]];
+    if (flags & kUndrawn) flags ^= kUndrawn;  // few rows are: most cache lines stay clean
   }
 }
 
@@ -219,19 +225,18 @@ void FrameRing::update(const int64_t* indices, const uint32_t* leaves, int64_t n
   changed_leaves_.clear();
   for (int64_t i = 0; i < n; ++i) {
     max_leaf_ = std::max(max_leaf_, leaves[i]);
-    if (!is_drawable(indices[i])) continue;  // overwritten, or cut, since it was drawn
+    if (!takes_priority(memory_.flags[indices[i]])) continue;
     changed_.push_back(indices[i]);
     changed_leaves_.push_back(leaves[i]);
   }
   tree_->set(changed_.data(), changed_leaves_.data(), static_cast<int64_t>(changed_.size()));
 }
 
-void FrameRing::restore(int64_t stored, int64_t head, uint32_t max_leaf) {
+void FrameRing::restore(int64_t stored, int64_t head, uint32_t max_leaf, int64_t n_drawable) {
   stored_ = stored;
   head_ = head;
   max_leaf_ = max_leaf;
-  n_drawable_ = mark_drawable(memory_.flags, layout_.num_envs, layout_.rows, stored, head,
-                              layout_.stack, layout_.n_step);
+  n_drawable_ = n_drawable;
   if (tree_ != nullptr) tree_->rebuild();
 }
 
@@ -242,9 +247,9 @@ int64_t mark_drawable(uint8_t* flags, int64_t num_envs, int64_t rows, int64_t st
     const Ring ring{flags + game * rows, rows, stored, head};
     for (int64_t slot = 0; slot < rows; ++slot) {
       uint8_t& flag = flags[game * rows + slot];
-      const bool yes = slot < stored && drawable(ring, slot, stack, n_step);
-      flag = static_cast<uint8_t>((flag & ~kDrawable) | (yes ? kDrawable : 0));
-      count += yes;
+      const bool is_drawable = slot < stored && drawable(ring, slot, stack, n_step);
+      flag = static_cast<uint8_t>((flag & ~kDrawable) | (is_drawable ? kDrawable : 0));
+      count += is_drawable;
     }
   }
   return count;

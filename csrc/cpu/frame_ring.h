@@ -1,77 +1,41 @@
-// Every frame once: the rings of all games, and the batches built from them.
+// A ring buffer of environment steps for each game, and the batches built from it. Each frame is
+// stored once (memory layout: core/batch.h; rules: core/window.h).
 //
-//   game 0    | row 0 | row 1 | ... | row rows-1 |      row: frame   frame_bytes
-//   game 1    | row 0 | row 1 | ... | row rows-1 |           action  int32
-//   ...                                                      reward  float32
-//             flat index = game * rows + slot                flags   uint8 (window.h)
-//
-// The rows of one game lie one after the other, so a stack is one run of memory (two where it wraps
-// around). All games share one write head, because every add() writes one row for each.
+// The rows of a game are contiguous, so a stack is one run of memory, two where it wraps around.
+// All games share one write head, because every add() writes one row of each.
 //
 // Invariants
-//   - flag kDrawable of a stored row is drawable() of window.h, and n_drawable counts them;
+//   - flag kDrawable of a stored row is drawable() of window.h, and n_drawable counts these rows;
 //   - with priorities: a row's leaf is 0 exactly when it is not drawable, and a row that becomes
 //     drawable enters with the largest leaf seen.
-// Both are kept at add(): only the n_step rows before a new one can become drawable, only the
-// stack - 1 rows after an overwritten one can stop to be.
+// add() maintains both: only the n_step rows before the new one can become drawable, and only the
+// stack - 1 rows after an overwritten one can cease to be.
 //
-// Cost: 9 bytes a row besides the frame (and 4.6 for a leaf). add: one copy a game and
-// O(n_step + stack) flags. gather: stack + 1 frames a sample (2 stack if n_step > 1), shared by the
-// threads. Nothing here allocates after construction, but the first threaded gather starts the
-// threads, unless they are torch's. One call at a time (the binding holds a lock); after fork() the
-// child starts threads of its own.
+// Cost: 9 bytes a row besides the frame, and 4.6 for a leaf. add: for each game one copy of a frame
+// and O((n_step + stack)^2) flags read, because each row that may change is checked from scratch.
+// gather: stack + 1 frames copied per sample (2 stack if they are not shared), split among threads.
+// add, draw and gather do not allocate, except that the first threaded gather starts the threads
+// (not if they are torch's); update allocates only for a larger batch than any before.
+//
+// Not thread-safe: the binding holds a lock. After fork() the child starts threads of its own.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "cpu/convert.h"
-#include "cpu/sum_tree.h"
+#include "core/batch.h"
 #include "core/window.h"
+#include "cpu/sum_tree.h"
 
 namespace fastreplay {
 
-struct RingLayout {
-  int64_t rows;         // of each game
-  int64_t num_envs;     //
-  int64_t frame_bytes;  //
-  int stack;            // 1 to 8
-  int n_step;           //
-};
-
-// Owned by the caller, zeroed.
-struct RingMemory {
-  uint8_t* frames;  // (num_envs, rows, frame_bytes)
-  int32_t* actions;
-  float* rewards;
-  uint8_t* flags;
-};
-
-// Where and how the frames of a batch are written.
-struct FrameOutput {
-  Output output = Output::kCopy;
-  float scale = 1.0f;
-  bool channels_last = false;
-};
-
-// Where a batch goes. With n_step 1, next_obs may begin one frame after obs with the same stride:
-// the two then are views of one block of stack + 1 frames, and each frame is written once.
-struct BatchMemory {
-  uint8_t* obs;
-  uint8_t* next_obs;
-  int64_t obs_stride, next_obs_stride;  // bytes from one sample to the next
-  int64_t* actions;
-  float* rewards;
-  float* discounts;
-};
-
 class FrameRing {
  public:
-  // `threads` 0: torch's own (thread_pool.h). `powers` holds gamma^0 .. gamma^n_step. `tree`
-  // (num_envs * rows leaves, or null) outlives this.
-  FrameRing(const RingLayout& layout, const RingMemory& memory, std::vector<float> powers,
-            SumTree* tree, int threads);
+  // `powers` (gamma^0 .. gamma^n_step) and `tree` (num_envs * rows leaves, null for uniform draws)
+  // outlive the ring. `threads` 0: those of torch (thread_pool.h).
+  FrameRing(const RingLayout& layout, const RingMemory& memory, const float* powers, SumTree* tree,
+            int threads);
   ~FrameRing();
 
   const RingLayout& layout() const { return layout_; }
@@ -80,61 +44,66 @@ class FrameRing {
   int64_t n_drawable() const { return n_drawable_; }
   uint32_t max_leaf() const { return max_leaf_; }
 
-  // One row for each game. `frame_stride` is the distance between two games' frames in bytes.
+  // Stores one row of each game. `frame_stride`: bytes from one game's frame to the next.
   void add(const uint8_t* frames, int64_t frame_stride, const int32_t* actions,
            const float* rewards, const uint8_t* terminations, const uint8_t* episode_starts);
 
   bool is_drawable(int64_t index) const { return memory_.flags[index] & kDrawable; }
 
-  // n uniform draws over the drawable rows, of which there is at least one.
+  // Draws n rows uniformly from the drawable ones, of which there is at least one.
   void draw(uint64_t seed, uint64_t call, int64_t n, int64_t* out) const;
 
   // Builds the batch of n drawable rows.
   void gather(const int64_t* indices, int64_t n, const FrameOutput& format,
               const BatchMemory& batch);
 
-  // New leaves for rows that still are drawable; the largest value seen counts all of them.
+  // Notes that these rows were drawn or gathered: they take priorities from now on.
+  void mark_drawn(const int64_t* indices, int64_t n);
+
+  // Sets the leaves of those rows that take priorities (window.h). All of the leaves count for
+  // max_leaf().
   void update(const int64_t* indices, const uint32_t* leaves, int64_t n);
 
-  // Takes over memory that was filled from outside (frames, actions, rewards, flags, leaves) and
-  // recomputes what is derived from it.
-  void restore(int64_t stored, int64_t head, uint32_t max_leaf);
+  // After the memory was filled from outside: frames, actions, rewards, flags (kDrawable included)
+  // and leaves. Rebuilds the tree.
+  void restore(int64_t stored, int64_t head, uint32_t max_leaf, int64_t n_drawable);
 
  private:
-  struct Crew;
+  struct Threads;
 
   Ring ring(int64_t game) const {
     return {memory_.flags + game * layout_.rows, layout_.rows, stored_, head_};
   }
+  // Recomputes kDrawable of a row, and notes its new leaf if it has changed.
   void refresh(int64_t game, int64_t slot);
-  bool is_shared(const BatchMemory& batch, const FrameOutput& format) const;
-  // Writes one sample, and asks for the memory of the index that this thread will likely take next.
+  // Writes one sample. Prefetches row `next`, the one this thread will probably gather next.
   void gather_one(int64_t index, int64_t next, const FrameOutput& format, const BatchMemory& batch,
                   int64_t sample) const;
-  // `follows`: what will likely be read after this.
-  void write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* follows,
+  // Writes `frames` frames: those of the rows slot - depth to slot, behind frames of zeros.
+  // Prefetches the memory at `next`.
+  void write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* next,
                    const FrameOutput& format, uint8_t* out) const;
 
   RingLayout layout_;
   RingMemory memory_;
-  std::vector<float> powers_;
+  const float* powers_;
   SumTree* tree_;
   int threads_;
   int64_t stored_ = 0, head_ = 0, n_drawable_ = 0;
   uint32_t max_leaf_;
   std::vector<uint8_t> blank_;  // a frame of zeros
-  // Leaves that one add() or update() changes, gathered for one call of the tree.
+  // The leaves that one add() or update() changes, collected for one call of the tree.
   std::vector<int64_t> changed_;
   std::vector<uint32_t> changed_leaves_;
-  std::unique_ptr<Crew> crew_;
+  std::unique_ptr<Threads> own_threads_;
 };
 
-// Sets kDrawable in flags (num_envs, rows) of rings of which `stored` rows are written. Returns how
-// many rows are drawable.
+// Recomputes kDrawable in the flags (num_envs, rows) of rings that hold `stored` rows. Returns the
+// number of drawable rows.
 int64_t mark_drawable(uint8_t* flags, int64_t num_envs, int64_t rows, int64_t stored, int64_t head,
                       int stack, int n_step);
 
-// Asks the kernel for huge pages where it grants them. Returns whether it was asked.
+// Advises the kernel to back this memory with huge pages. Returns whether it accepted.
 bool use_huge_pages(void* memory, int64_t bytes);
 
 }  // namespace fastreplay

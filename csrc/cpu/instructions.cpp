@@ -5,7 +5,7 @@
 namespace fastreplay {
 namespace {
 
-InstructionSet best() {
+InstructionSet best_set() {
 #ifdef FR_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) {
@@ -19,14 +19,14 @@ InstructionSet best() {
   return InstructionSet::kPlain;
 }
 
-InstructionSet in_use = best();
+InstructionSet in_use = best_set();
 
 }  // namespace
 
 InstructionSet instruction_set() { return in_use; }
 
 void use_instruction_set(InstructionSet set) {
-  if (static_cast<int>(set) > static_cast<int>(best())) {
+  if (static_cast<int>(set) > static_cast<int>(best_set())) {
     throw std::invalid_argument("this processor lacks these vector instructions");
   }
   in_use = set;

@@ -1,5 +1,5 @@
-// The vector instructions of this processor, found at run time: a binary built anywhere runs
-// everywhere, and uses what is there.
+// The vector instructions of this processor, detected at run time: a binary runs on any processor
+// of its architecture and uses what it has.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -14,9 +14,10 @@ namespace fastreplay {
 
 enum class InstructionSet { kPlain = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The set in use: at first the best one the processor has.
+// The set in use, initially the best one that the processor has.
 InstructionSet instruction_set();
-// Uses another one, for tests and measurements. Throws if the processor lacks it.
+// Selects another one, for tests and measurements. Throws std::invalid_argument (ValueError in
+// Python) if the processor lacks it.
 void use_instruction_set(InstructionSet set);
 
 }  // namespace fastreplay

@@ -3,14 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/instructions.h"
 #include "core/philox.h"
 #include "core/priority.h"
+#include "cpu/instructions.h"
 
 namespace fastreplay {
 namespace {
 
-constexpr int kBlock = 64;  // descents side by side: their nodes fit the first-level cache
+constexpr int kBlock = 64;  // descents that advance together: their nodes fit the L1 cache
 
 struct Kernels {
   void (*find_block)(const TreeLayout&, const uint64_t* inner, const uint32_t* leaves,
@@ -123,7 +123,7 @@ void SumTree::weights(const int64_t* indices, int64_t n, double beta, float* out
 }
 
 void SumTree::rebuild() {
-  // The sums of level's nodes are, in order, the children of the level above.
+  // `sums`: of the nodes of the level below, which are the children of this one.
   std::vector<uint64_t> sums(static_cast<size_t>(layout_.leaf_slots / kFanOut));
   for (size_t node = 0; node < sums.size(); ++node) {
     uint64_t sum = 0;
@@ -140,7 +140,7 @@ void SumTree::rebuild() {
         nodes[child] = sum;
         if (child < children) sum += sums[static_cast<size_t>(child)];
       }
-      sums[static_cast<size_t>(node)] = sum;  // child 0 of this node or before: already read
+      sums[static_cast<size_t>(node)] = sum;  // in place: node <= child, which has been read
     }
     sums.resize(static_cast<size_t>(layout_.level_nodes[level]));
   }

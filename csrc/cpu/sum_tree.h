@@ -1,25 +1,24 @@
 // An exact sum-tree over up to 2^27 integer leaves.
 //
-//   level 1 (root)      [ 0 |  e1 |  e2 | ... | e15 ]                  one node
+//   level 1 (root)      [ 0 |  e1 |  e2 | ... | e15 ]                  1 node
 //                         |     |     |          |
 //   level 0           [16 sums][16 sums] ...                           ceil(leaf nodes / 16) nodes
 //                         |
-//   leaves         [ 16 leaves ][ 16 leaves ] ...                      ceil(capacity / 16) leaf
-//   nodes
+//   leaf nodes     [ 16 leaves ][ 16 leaves ] ...                      ceil(capacity / 16) nodes
 //
-// A leaf node is 16 uint32 leaves: one cache line. An inner node is 16 uint64 numbers, two cache
-// lines: entry j is the sum of the children before j (so entry 0 is always 0), which lets one
-// vector comparison choose the child, and one masked addition update it.
+// A leaf node is 16 uint32 leaves, one cache line. An inner node is 16 uint64 prefix sums, two
+// cache lines: entry j is the sum of the children before j, so entry 0 is 0. One vector comparison
+// chooses the child, and one masked addition updates the node.
 //
 // Invariants
-//   - sums are exact: integers below 2^59, no rounding, no drift, in whatever order they were set;
-//   - find(t) for t < total is the one leaf i with sum(leaves before i) <= t < sum(leaves up to i):
-//     it never is a leaf of 0, and it does not depend on fan-out or layout;
+//   - sums are exact: integers below 2^59, so they do not depend on the order of updates;
+//   - find(t) for t < total is the leaf i with sum(leaves before i) <= t < sum(leaves up to and
+//     including i): never a leaf of 0, and independent of fan-out and layout;
 //   - entries for children that do not exist equal the node's sum, so no descent enters them.
 //
-// Cost at 2^20 leaves: 4 inner levels, 4.6 bytes a leaf. set and find touch one line of leaves and
-// two of each inner level; batches go level by level, so that the cache misses of many overlap.
-// The memory belongs to the caller. Not thread-safe: the Python face holds the GIL.
+// Cost at 2^20 leaves: 4 inner levels, 4.6 bytes a leaf. set and find touch one cache line of
+// leaves and two of each inner level; batches advance level by level, so that cache misses overlap.
+// set, find, draw and weights do not allocate. The memory belongs to the caller. Not thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -32,13 +31,13 @@ constexpr int kFanOutBits = 4;
 constexpr int64_t kMaxCapacity = int64_t{1} << 27;
 constexpr int kMaxLevels = 7;
 
-// Where the levels lie, shared by whoever walks the tree.
+// The position of each level in the inner array.
 struct TreeLayout {
   explicit TreeLayout(int64_t capacity);
   int64_t leaf_slots;                // uint32 entries, the capacity rounded up to whole nodes
   int levels;                        // inner levels; level levels - 1 is the root
-  int64_t level_offset[kMaxLevels];  // of each level's first entry in the inner array
-  int64_t level_nodes[kMaxLevels];   //
+  int64_t level_offset[kMaxLevels];  // index of each level's first entry
+  int64_t level_nodes[kMaxLevels];   // nodes of each level
   int64_t inner_slots;               // uint64 entries
 };
 
@@ -51,17 +50,17 @@ class SumTree {
   uint64_t total() const { return total_; }
   const uint32_t* leaves() const { return leaves_; }
 
-  // Writes n leaves; among duplicates the last wins. Indices are in range.
+  // Writes n leaves; among duplicates the last one wins. Indices are in range.
   void set(const int64_t* indices, const uint32_t* values, int64_t n);
-  // The leaf under each target; targets are below total().
+  // The leaf of each target, which is below total().
   void find(const uint64_t* targets, int64_t n, int64_t* out) const;
-  // n draws with probability leaf / total: bits (seed, call, i) times total. total() > 0.
+  // n draws with probability leaf / total, from the bits of (seed, call, i). total() > 0.
   void draw(uint64_t seed, uint64_t call, bool stratified, int64_t n, int64_t* out) const;
-  // Importance weights relative to the smallest of these leaves, none of which is 0.
+  // Importance weights, relative to the smallest of these leaves. None of them is 0.
   void weights(const int64_t* indices, int64_t n, double beta, float* out) const;
-  // Recomputes every inner node from the leaves.
+  // Recomputes every inner node from the leaves. Allocates.
   void rebuild();
-  // Whether every inner node is the exact sum of its leaves, and unused leaves are 0.
+  // Whether every inner node is the exact sum of its leaves, and leaves beyond the capacity are 0.
   bool is_valid() const;
 
  private:
@@ -72,7 +71,7 @@ class SumTree {
   uint64_t total_ = 0;
 };
 
-// Quantises finite, non-negative priorities (see priority.h), with vector instructions.
+// quantise() of priority.h for n priorities, with vector instructions.
 void quantise_many(const double* priorities, int64_t n, double alpha, uint32_t* out);
 
 }  // namespace fastreplay

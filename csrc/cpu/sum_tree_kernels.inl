@@ -1,9 +1,9 @@
-// The inner loops of the sum-tree, included by sum_tree.cpp once for each instruction set, inside a
+// The inner loops of sum_tree.cpp, which includes this file once for each instruction set, inside a
 // namespace of its own, with
 //   FR_TARGET   the attribute that lets a function use the instructions
-//   FR_WIDTH    how many 64-bit lanes a vector has: 8 (AVX-512), 4 (AVX2), 1 (plain)
+//   FR_WIDTH    the number of 64-bit lanes of a vector: 8 (AVX-512), 4 (AVX2), 1 (plain)
 
-// How many entries of an inner node are <= target, less one: the child that holds the target.
+// The child that holds the target: the number of entries <= target, minus one.
 FR_TARGET static inline int choose_child(const uint64_t* node, uint64_t target) {
 #if FR_WIDTH == 8
   const __m512i t = _mm512_set1_epi64(static_cast<int64_t>(target));
@@ -12,7 +12,7 @@ FR_TARGET static inline int choose_child(const uint64_t* node, uint64_t target) 
   return __builtin_popcount(low | high << 8) - 1;
 #elif FR_WIDTH == 4
   const __m256i t = _mm256_set1_epi64x(static_cast<int64_t>(target));
-  int above = 0;  // one bit for each entry above the target; sums are below 2^63, so signed is fine
+  int above = 0;  // a bit for each entry above the target; signed comparison: sums are below 2^63
   for (int j = 0; j < 4; ++j) {
     const __m256i entries = _mm256_load_si256(reinterpret_cast<const __m256i*>(node) + j);
     above |= _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(entries, t))) << 4 * j;
@@ -25,7 +25,7 @@ FR_TARGET static inline int choose_child(const uint64_t* node, uint64_t target) 
 #endif
 }
 
-// The leaf of a leaf node that holds the target: how many sums of leaves[0..j] are <= target.
+// The leaf that holds the target: the number of sums over leaves[0..j] that are <= target.
 FR_TARGET static inline int choose_leaf(const uint32_t* leaves, uint64_t target) {
 #if FR_WIDTH == 8
   const __m512i zero = _mm512_setzero_si512();
@@ -77,7 +77,7 @@ FR_TARGET static inline void add_after(uint64_t* node, int child, uint64_t delta
 #endif
 }
 
-// Descends with n <= kBlock targets side by side: while one waits for its node, others go on.
+// Descends with n <= kBlock targets together, so that their cache misses overlap.
 FR_TARGET static void find_block(const TreeLayout& layout, const uint64_t* inner,
                                  const uint32_t* leaves, uint64_t* targets, int n, int64_t* out) {
   uint32_t node[kBlock];
@@ -105,15 +105,15 @@ FR_TARGET static void find_block(const TreeLayout& layout, const uint64_t* inner
   }
 }
 
-// Writes n <= kBlock leaves and carries their differences up, one level after the other. The nodes
-// of a level are asked for before they are needed. Returns the change of the total.
+// Writes n <= kBlock leaves and adds their differences to the inner nodes, level by level, with the
+// nodes prefetched. Returns the change of the total.
 FR_TARGET static uint64_t set_block(const TreeLayout& layout, uint64_t* inner, uint32_t* leaves,
                                     const int64_t* indices, const uint32_t* values, int n) {
   uint64_t delta[kBlock];
-  const int warm_levels = layout.levels < 2 ? layout.levels : 2;
+  const int prefetched = layout.levels < 2 ? layout.levels : 2;  // levels; the others stay cached
   for (int i = 0; i < n; ++i) {
     __builtin_prefetch(leaves + indices[i], 1);
-    for (int level = 0; level < warm_levels; ++level) {
+    for (int level = 0; level < prefetched; ++level) {
       uint64_t* entries =
           inner + layout.level_offset[level] + (indices[i] >> (level + 2) * kFanOutBits) * kFanOut;
       __builtin_prefetch(entries, 1);
@@ -134,7 +134,7 @@ FR_TARGET static uint64_t set_block(const TreeLayout& layout, uint64_t* inner, u
                 delta[i]);
     }
   }
-  // All differences meet in the root, one waiting for the other: so they are added up first.
+  // Every difference changes the root. Summed by child first, they need one pass over it.
   uint64_t sums[kFanOut] = {};
   for (int i = 0; i < n; ++i) sums[indices[i] >> (root + 1) * kFanOutBits] += delta[i];
   uint64_t* entries = inner + layout.level_offset[root];
@@ -153,7 +153,7 @@ FR_TARGET static void random_block(uint64_t seed, uint64_t call, uint32_t first,
 }
 
 FR_TARGET static void quantise_block(const double* priorities, int n, double alpha, uint32_t* out) {
-  if (alpha == 1.0) {  // outside the loop, which the compiler can then vectorise
+  if (alpha == 1.0) {  // tested outside the loop, so that the compiler vectorizes it
     for (int i = 0; i < n; ++i) out[i] = quantise(priorities[i], 1.0);
   } else {
     for (int i = 0; i < n; ++i) out[i] = quantise(priorities[i], alpha);

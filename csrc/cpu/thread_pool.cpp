@@ -13,7 +13,7 @@
 namespace fastreplay {
 namespace {
 
-constexpr auto kLookout = std::chrono::microseconds(20);
+constexpr auto kSpinTime = std::chrono::microseconds(20);
 
 inline void pause() {
 #ifdef __SSE2__
@@ -21,19 +21,19 @@ inline void pause() {
 #endif
 }
 
-// A loop that threads share by taking the next of its n calls.
+// A loop of n calls, which threads claim one by one.
 struct Loop {
   const std::function<void(int64_t)>& work;
   int64_t n;
   std::atomic<int64_t> next{0};
 
-  static void take_part(void* loop) {
+  static void run(void* loop) {
     Loop& self = *static_cast<Loop*>(loop);
     for (int64_t i; (i = self.next.fetch_add(1, std::memory_order_relaxed)) < self.n;) self.work(i);
   }
 };
 
-// The entry points of the OpenMP runtime that torch has loaded. Linking one would bring a second.
+// Entry points of the OpenMP runtime that torch has loaded. Linking to OpenMP would load another.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
   int (*max_threads)() = nullptr;
@@ -62,12 +62,12 @@ int openmp_threads() { return openmp().usable() ? openmp().max_threads() : 0; }
 bool run_on_openmp(int64_t n, const std::function<void(int64_t)>& work) {
   if (!openmp().usable()) return false;
   Loop loop{work, n};
-  openmp().parallel(Loop::take_part, &loop, 0, 0);  // 0 threads: as many as torch uses
+  openmp().parallel(Loop::run, &loop, 0, 0);  // 0 threads: the runtime's default
   return true;
 }
 
 ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+  for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { run_thread(); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -92,19 +92,19 @@ void ThreadPool::run(int64_t n, const std::function<void(int64_t)>& work) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      work_ = nullptr;  // whoever wakes only now finds nothing to do
+      work_ = nullptr;  // a thread that wakes from now on finds no job
     }
-    while (busy_.load(std::memory_order_relaxed) != 0) pause();  // each has one call left at most
-    const std::lock_guard<std::mutex> lock(mutex_);              // after the last of them
+    while (busy_.load(std::memory_order_relaxed) != 0) pause();  // each has at most one call left
+    const std::lock_guard<std::mutex> lock(mutex_);  // synchronizes with the last of them
   } else {
     for (int64_t i = 0; i < n; ++i) work(i);
   }
 }
 
-void ThreadPool::serve() {
+void ThreadPool::run_thread() {
   uint64_t done = 0;
   for (;;) {
-    const auto sleep_at = std::chrono::steady_clock::now() + kLookout;
+    const auto sleep_at = std::chrono::steady_clock::now() + kSpinTime;
     while (job_.load(std::memory_order_acquire) == done &&
            std::chrono::steady_clock::now() < sleep_at) {
       pause();

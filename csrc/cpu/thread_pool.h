@@ -1,9 +1,9 @@
 // A few threads that share a loop with the caller.
 //
-// The caller works too and takes whatever no thread has taken, so a thread that wakes late costs
-// nothing. Waking takes longer than a small job, so a thread looks out for the next job for
-// kLookout before it sleeps. A pool does not survive fork(): the child's copy has no threads, and
-// its owner makes a new one.
+// The caller works too, and iterations are claimed one by one, so a thread that wakes late delays
+// nothing. Waking takes longer than a small job, so an idle thread spins for kSpinTime before it
+// sleeps. A pool does not survive fork(): the child's copy has no threads, and its owner constructs
+// a new one.
 #pragma once
 
 #include <atomic>
@@ -18,22 +18,22 @@ namespace fastreplay {
 
 class ThreadPool {
  public:
-  // `threads` counts the caller.
+  // `threads` includes the caller.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // Calls work(i) once for each i in [0, n), and returns when all calls have.
+  // Calls work(i) once for each i in [0, n). Returns when all calls have returned.
   void run(int64_t n, const std::function<void(int64_t)>& work);
 
  private:
-  void serve();
+  void run_thread();
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  const std::function<void(int64_t)>* work_ = nullptr;  // null: nothing to do
-  std::atomic<uint64_t> job_{0};                        // so that a thread joins a job once
+  const std::function<void(int64_t)>* work_ = nullptr;  // null: there is no job
+  std::atomic<uint64_t> job_{0};                        // counts jobs: a thread joins each once
   std::atomic<int> busy_{0};                            // threads inside the current job
   bool stop_ = false;
   std::atomic<int64_t> next_{0};
@@ -41,12 +41,12 @@ class ThreadPool {
   std::vector<std::thread> threads_;
 };
 
-// What ThreadPool::run does, on the OpenMP threads that torch computes with, which are awake while
-// it does: threads beside them would fight them for the cores. Returns false, having done nothing,
-// where torch has no GNU OpenMP and in the child of a fork(), where its threads are gone.
+// ThreadPool::run on torch's OpenMP threads. They spin between torch's operations, and additional
+// threads would compete with them for the cores. Returns false, having done nothing, where torch
+// has no GNU OpenMP, and in the child of a fork(), which does not have its threads.
 bool run_on_openmp(int64_t n, const std::function<void(int64_t)>& work);
 
-// How many threads that would use: torch.get_num_threads(); 0 where it returns false.
+// How many threads it would use: torch.get_num_threads(), or 0 where it returns false.
 int openmp_threads();
 
 }  // namespace fastreplay

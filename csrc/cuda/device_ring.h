@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "cpu/frame_ring.h"
+#include "core/batch.h"
 #include "cuda/device_tree.h"
 
 namespace fastreplay {
@@ -47,20 +47,6 @@ struct Row {
   Column rewards;
   const uint8_t* terminations;
   const uint8_t* episode_starts;
-};
-
-// A batch of n samples. Pointers are to device memory. `format`, `batch` and `is_weights` are used
-// only if `gather`.
-struct SampleJob {
-  int64_t n;
-  int64_t* indices;  // (n,) flat rows: written if `draw`, read if not
-  bool draw;
-  uint64_t seed;  // of the draw
-  bool stratified;
-  bool gather;  // build the batch
-  FrameOutput format;
-  BatchMemory batch;
-  float* is_weights;  // (n,)
 };
 
 // `tree.nodes` is null if draws are uniform.

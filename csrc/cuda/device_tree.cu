@@ -1,5 +1,5 @@
-// The layout of the sum-tree, and what reads or repairs it as a whole: priorities, total, rebuild,
-// check. Also writes the counters. One thread per leaf, or one warp per node.
+// The layout of the sum-tree, and what reads or repairs it as a whole: priorities, rebuild, check.
+// Also writes the counters. One thread per leaf, or one warp per node.
 #include "core/priority.h"
 #include "cuda/descent.cuh"
 #include "cuda/device_tree.h"
@@ -18,11 +18,6 @@ __global__ void get_kernel(const __grid_constant__ DeviceTree tree, Counters* co
   const bool in_range = static_cast<uint64_t>(indices[i]) < static_cast<uint64_t>(tree.capacity);
   if (!in_range) report(counters, kIndexOutOfRange, indices[i]);
   out[i] = in_range ? static_cast<double>(tree.nodes[indices[i]]) / double{kUnitLeaf} : 0.0;
-}
-
-__global__ void total_kernel(const __grid_constant__ DeviceTree tree, Word* out) {
-  const Word total = read_root(tree, lane_of_thread()).total;
-  if (threadIdx.x == 0) *out = total;
 }
 
 // Writes the entries of a level as the sums of their children or, with `compare`, reports those
@@ -90,10 +85,6 @@ void launch_get(const DeviceTree& tree, Counters* counters, const int64_t* indic
   if (n > 0) {
     launch(get_kernel, blocks_for(n, kThreads), kThreads, stream, tree, counters, indices, n, out);
   }
-}
-
-void launch_total(const DeviceTree& tree, Word* out, cudaStream_t stream) {
-  launch(total_kernel, 1, 32, stream, tree, out);
 }
 
 void launch_rebuild(const DeviceTree& tree, cudaStream_t stream) {

@@ -56,8 +56,9 @@ struct Priorities {
   bool doubles;
   int64_t n;
   double alpha;
-  // Whether values are TD errors. If so, p = |value| + epsilon, rows that are not drawable in
-  // `flags` are skipped, and Counters::max_leaf is kept up to date. If not, p = value.
+  // Whether values are TD errors. If so, p = |value| + epsilon, rows that take no
+  // priority by their `flags` (window.h) are skipped, and Counters::max_leaf is kept up to date. If
+  // not, p = value.
   bool errors;
   double epsilon;
   const uint8_t* flags;
@@ -84,8 +85,6 @@ void launch_get(const DeviceTree& tree, Counters* counters, const int64_t* indic
 // (kIndexOutOfRange) or has no priority (kNoWeight), zeros.
 void launch_weights(const DeviceTree& tree, Counters* counters, const int64_t* indices, int64_t n,
                     double beta, float* out, cudaStream_t stream);
-// The sum of all leaves to *out.
-void launch_total(const DeviceTree& tree, Word* out, cudaStream_t stream);
 // Recomputes all sums from the leaves. One kernel per level.
 void launch_rebuild(const DeviceTree& tree, cudaStream_t stream);
 // Latches kDamaged if an invariant does not hold. One kernel per level.

@@ -30,12 +30,11 @@ struct Plan {
   FrameRun runs[2];  // of obs and next_obs; the first alone if they are shared
 };
 
-// Whether obs and next_obs of a batch are one block of stack + 1 frames.
-inline bool is_shared(const DeviceRing& ring, const SampleJob& job) {
-  return ring.layout.n_step == 1 && !job.format.channels_last &&
-         job.batch.obs_stride == job.batch.next_obs_stride &&
-         job.batch.next_obs ==
-             job.batch.obs + ring.layout.frame_bytes * expansion(job.format.output);
+// Clears kUndrawn of a row. Several threads may do so for one row, and others read its other bits:
+// all of them write the same byte.
+__device__ inline void mark_drawn(const DeviceRing& ring, int64_t index) {
+  const uint8_t flags = ring.memory.flags[index];
+  if (flags & kUndrawn) ring.memory.flags[index] = static_cast<uint8_t>(flags & ~kUndrawn);
 }
 
 // Draws or reads the row of a sample and plans its frames. Writes the row to job.indices (if it is
@@ -76,6 +75,7 @@ __device__ inline bool make_plan(const DeviceRing& ring, const DeviceTree& tree,
   if (sample >= job.n) return has_rows;
   if (is_writer && job.draw && has_rows && index < 0) report(ring.counters, kDamaged, sample);
   if (is_writer && job.draw) job.indices[sample] = index < 0 ? 0 : index;
+  if (is_writer && prioritized && index >= 0) mark_drawn(ring, index);
   if (!job.gather) return has_rows;
   // finish_weights turns the leaves into weights once all of them are known.
   if (is_writer && prioritized) reinterpret_cast<uint32_t*>(job.is_weights)[sample] = leaf;

@@ -144,7 +144,7 @@ __global__ void set_kernel(DeviceTree tree, Counters* counters, Priorities p) {
   if (p.errors) value = (value < 0.0 ? -value : value) + p.epsilon;
   const uint32_t leaf = quantise(value, p.alpha);
   if (p.errors) atomicMax(&counters->max_leaf, leaf);
-  if (p.errors && !(p.flags[p.indices[i]] & kDrawable)) return;
+  if (p.errors && !takes_priority(p.flags[p.indices[i]])) return;
   for (int64_t j = i + 1; j < p.n; ++j) {
     if (p.indices[j] == p.indices[i]) return;  // the last pair for a row writes it
   }
@@ -191,6 +191,7 @@ __global__ void add_rows_kernel(DeviceRing ring, DeviceTree tree, Row row) {
   flags[slot] = 0;
   if (row.terminations[game]) flags[slot] |= kTerminated;
   if (row.episode_starts[game] || stored == 0) flags[slot] |= kOpens;
+  if (full && tree.nodes != nullptr) flags[slot] |= kUndrawn;
 
   const Ring now{flags, rows, full ? rows : stored + 1, slot + 1 == rows ? 0 : slot + 1};
   int64_t earlier = slot;  // rows whose window the new row may have completed
@@ -246,6 +247,12 @@ __device__ int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, int64_t s
   return -1;
 }
 
+// All of the threads that draw a row write the same byte.
+__device__ void mark_drawn(const DeviceRing& ring, int64_t index) {
+  uint8_t& flags = ring.memory.flags[index];
+  flags = static_cast<uint8_t>(flags & ~kUndrawn);
+}
+
 __global__ void draw_kernel(DeviceRing ring, DeviceTree tree, SampleJob job) {
   const int64_t i = thread_index();
   if (i >= job.n) return;
@@ -254,6 +261,7 @@ __global__ void draw_kernel(DeviceRing ring, DeviceTree tree, SampleJob job) {
     if (total_of(tree) == 0) return;
     job.indices[i] =
         draw_by_priority(tree, job.seed, ring.counters->calls, job.stratified, i, job.n);
+    if (job.indices[i] >= 0) mark_drawn(ring, job.indices[i]);
   } else if (ring.counters->n_drawable > 0) {
     job.indices[i] = draw_uniform(ring, job.seed, i);
   }
@@ -272,6 +280,7 @@ __global__ void columns_kernel(DeviceRing ring, SampleJob job) {
     report(ring.counters, in_range ? kNotDrawable : kIndexOutOfRange, index);
     return;
   }
+  mark_drawn(ring, index);
   const Ring now = ring_of(ring, index);
   const int64_t slot = index % now.rows;
   const Window window = walk_window(now, slot, ring.layout.n_step);

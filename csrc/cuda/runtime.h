@@ -1,4 +1,4 @@
-// Calls of the CUDA runtime: errors, the current device, and the order of work on several streams.
+// The CUDA runtime: errors, the current device, events, and the order of work on several streams.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,43 +10,43 @@ namespace fastreplay {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // told here: the next call must not tell it again
+  (void)cudaGetLastError();  // clears it: the next call must not report it again
   throw std::runtime_error(std::string("CUDA error in ") + what + ": " + cudaGetErrorString(error));
 }
 
-// In a destructor: what goes wrong is forgotten, or the next launch would be blamed for it.
+// In a destructor: clears the error, so that the next launch does not report it.
 inline void ignore_cuda(cudaError_t error) {
   if (error != cudaSuccess) (void)cudaGetLastError();
 }
 
-// Waits, copies and frees while another thread may be capturing a graph, which they would end if
-// this thread did not say that they are none of that graph's business.
-class BesideCaptures {
+// Relaxed capture mode for this thread: waits, copies and frees are allowed although another thread
+// captures a graph, which they would otherwise invalidate.
+class RelaxedCapture {
  public:
-  BesideCaptures() { ignore_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-  ~BesideCaptures() { ignore_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-  BesideCaptures(const BesideCaptures&) = delete;
-  BesideCaptures& operator=(const BesideCaptures&) = delete;
+  RelaxedCapture() { ignore_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { ignore_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Makes a device the current one of this thread, for a while.
+// Makes a device the current one of this thread, for the lifetime of the guard.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
-    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice");
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice");
   }
   ~DeviceGuard() {
-    if (before_ != device_) ignore_cuda(cudaSetDevice(before_));
+    if (previous_ != device_) ignore_cuda(cudaSetDevice(previous_));
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int device_, before_ = 0;
+  int device_, previous_ = 0;
 };
 
 inline bool is_capturing(cudaStream_t stream) {
@@ -57,54 +57,89 @@ inline bool is_capturing(cudaStream_t stream) {
 
 class Event {
  public:
-  Event() { check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "an event"); }
+  Event() {
+    check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming),
+               "cudaEventCreateWithFlags");
+  }
   ~Event() {
-    const BesideCaptures beside;
+    const RelaxedCapture relaxed;
     ignore_cuda(cudaEventDestroy(event_));
   }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
 
-  void record(cudaStream_t stream) { check_cuda(cudaEventRecord(event_, stream), "an event"); }
-  // An event that was never recorded holds up nobody.
-  void hold(cudaStream_t stream) { check_cuda(cudaStreamWaitEvent(stream, event_, 0), "a wait"); }
-  void wait() {
-    const BesideCaptures beside;
-    check_cuda(cudaEventSynchronize(event_), "a wait");
+  void record(cudaStream_t stream) {
+    check_cuda(cudaEventRecord(event_, stream), "cudaEventRecord");
   }
-  bool has_happened() {
-    const BesideCaptures beside;
-    const cudaError_t answer = cudaEventQuery(event_);
-    if (answer != cudaErrorNotReady) check_cuda(answer, "an event");
-    ignore_cuda(answer);
-    return answer == cudaSuccess;
+  // Later work on the stream waits for the last record. Without a record, there is no wait.
+  void block(cudaStream_t stream) {
+    check_cuda(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
+  }
+  // The same while the stream is captured: nodes of the graph, which record and wait at each
+  // launch.
+  void record_external(cudaStream_t stream) {
+    check_cuda(cudaEventRecordWithFlags(event_, stream, cudaEventRecordExternal),
+               "cudaEventRecordWithFlags");
+  }
+  void block_external(cudaStream_t stream) {
+    check_cuda(cudaStreamWaitEvent(stream, event_, cudaEventWaitExternal), "cudaStreamWaitEvent");
+  }
+  // The host waits.
+  void wait() {
+    const RelaxedCapture relaxed;
+    check_cuda(cudaEventSynchronize(event_), "cudaEventSynchronize");
+  }
+  bool is_done() {
+    const RelaxedCapture relaxed;
+    const cudaError_t status = cudaEventQuery(event_);
+    if (status != cudaErrorNotReady) check_cuda(status, "cudaEventQuery");
+    ignore_cuda(status);
+    return status == cudaSuccess;
   }
 
  private:
   cudaEvent_t event_ = nullptr;
 };
 
-// The operations of one replay, in the order of the program, whatever their streams: one on another
-// stream than the last waits for it. A capture is left alone: what a graph waits for when it is
-// launched is known only to who launches it.
+// Runs the operations of one replay in program order, on whichever streams they are. Each records
+// an event; one on another stream than the last waits for it. A captured operation does so at each
+// launch of its graph, so that launches are ordered with other operations. Two operations in one
+// graph are ordered by their stream only: they must be on the same one.
 class StreamOrder {
  public:
-  void begin(cudaStream_t stream, bool capturing) {
-    if (!capturing && used_ && stream != last_) done_.hold(stream);
+  // Returns whether the stream is captured.
+  bool begin(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long capture = 0;  // a number that no other capture has
+    check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
+    if (status == cudaStreamCaptureStatusNone) {
+      if (capture_ != 0 || (is_used_ && stream != last_)) done_.block(stream);
+      return false;
+    }
+    if (capture == capture_ && stream != captured_) {
+      throw std::runtime_error(
+          "the calls of one replay in one CUDA graph must be captured on one stream");
+    }
+    if (capture != capture_) done_.block_external(stream);
+    capture_ = capture;
+    captured_ = stream;
+    return true;
   }
-  void end(cudaStream_t stream, bool capturing) {
-    if (capturing) return;
+  void end(cudaStream_t stream, bool is_captured) {
+    if (is_captured) return done_.record_external(stream);
     done_.record(stream);
     last_ = stream;
-    used_ = true;
+    is_used_ = true;
   }
-  // Until all of it is done. Another thread may begin and end operations meanwhile.
+  // Until all operations are done. Another thread may begin and end operations meanwhile.
   void wait() { done_.wait(); }
 
  private:
-  Event done_;
+  Event done_;  // recorded by every operation
   cudaStream_t last_ = nullptr;
-  bool used_ = false;
+  bool is_used_ = false;
+  unsigned long long capture_ = 0;  // the last one; from the first on, launches may be anywhere
+  cudaStream_t captured_ = nullptr;
 };
 
 }  // namespace fastreplay

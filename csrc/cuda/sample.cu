@@ -140,7 +140,7 @@ void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJ
       sample_kernel<Output::kCopy>, sample_kernel<Output::kFloat16>,
       sample_kernel<Output::kBfloat16>, sample_kernel<Output::kFloat32>};
   launch(kernels[static_cast<int>(job.format.output)], blocks, threads, stream, ring, tree, job,
-         Strata(job.stratified, n), is_shared(ring, job));
+         Strata(job.stratified, n), shares_block(ring.layout, job.format, job.batch));
 }
 
 void launch_drawable(const DeviceRing& ring, const int64_t* indices, int64_t n, bool* out,

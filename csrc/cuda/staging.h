@@ -1,11 +1,12 @@
-// How data of the CPU comes to the device without holding up either.
+// A ring of slots through which data of the CPU reaches the device, without either waiting for the
+// other.
 //
-//   host     | slot 0 | slot 1 | slot 2 | slot 3 |    pinned: written by the caller of add()
+//   host     | slot 0 | slot 1 | slot 2 | slot 3 |    pinned: written by the caller
 //                 |  copied on a stream of its own
 //   device   | slot 0 | slot 1 | slot 2 | slot 3 |    read by a kernel on the caller's stream
 //
-// The caller's stream waits for the copy, the copy for the kernel that has read the slot before,
-// and the host for the copy that has read the slot before: with four slots, practically never.
+// The kernel waits for the copy, a copy for the kernel that last read its slot, and the host for
+// the copy that last read its slot: with four slots, hardly ever.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,16 +18,16 @@
 
 namespace fastreplay {
 
-// Memory of the host that the device reads and writes too, at the same address.
+// Host memory that the device reads and writes at the same address.
 class PinnedMemory {
  public:
   explicit PinnedMemory(int64_t bytes) : bytes_(bytes) {
     check_cuda(cudaHostAlloc(&data_, static_cast<size_t>(bytes),
                              cudaHostAllocPortable | cudaHostAllocMapped),
-               "pinning host memory");
+               "cudaHostAlloc");
   }
   ~PinnedMemory() {
-    const BesideCaptures beside;
+    const RelaxedCapture relaxed;
     ignore_cuda(cudaFreeHost(data_));
   }
   PinnedMemory(const PinnedMemory&) = delete;
@@ -44,15 +45,21 @@ class Staging {
  public:
   static constexpr int kSlots = 4;
 
-  // `device` has kSlots * slot_bytes, free to be written once `stream` comes here. The current
-  // device is that of the replay.
+  struct Slot {
+    uint8_t* host;
+    uint8_t* device;
+  };
+
+  // `device` has kSlots * slot_bytes, which may be overwritten once the work that is on `stream`
+  // now is done. The current device is that of the replay.
   Staging(uint8_t* device, int64_t slot_bytes, cudaStream_t stream)
       : host_(kSlots * slot_bytes), device_(device), slot_bytes_(slot_bytes) {
-    check_cuda(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "a stream");
-    for (Slot& slot : slots_) slot.read.record(stream);
+    check_cuda(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking),
+               "cudaStreamCreateWithFlags");
+    for (Event& read : read_) read.record(stream);
   }
   ~Staging() {
-    const BesideCaptures beside;
+    const RelaxedCapture relaxed;
     ignore_cuda(cudaStreamDestroy(copies_));
   }
   Staging(const Staging&) = delete;
@@ -60,38 +67,34 @@ class Staging {
 
   int64_t slot_bytes() const { return slot_bytes_; }
 
-  // When this has happened, the next slot is free to be written.
-  Event& room() { return slots_[(slot_ + 1) % kSlots].copied; }
-  // Takes the next slot: its host side.
-  uint8_t* open() {
-    slot_ = (slot_ + 1) % kSlots;
-    return host_.data() + slot_ * slot_bytes_;
+  // Once this is done, the host side of the next slot may be overwritten.
+  Event& next_copied() { return copied_[(current_ + 1) % kSlots]; }
+
+  // Makes the next slot the current one.
+  Slot open() {
+    current_ = (current_ + 1) % kSlots;
+    return {host_.data() + current_ * slot_bytes_, device_ + current_ * slot_bytes_};
   }
-  // Sends its first bytes. Returns where they will be, for kernels on `stream`.
-  uint8_t* send(int64_t bytes, cudaStream_t stream) {
-    Slot& slot = slots_[slot_];
-    uint8_t* to = device_ + slot_ * slot_bytes_;
-    slot.read.hold(copies_);
-    check_cuda(cudaMemcpyAsync(to, host_.data() + slot_ * slot_bytes_, static_cast<size_t>(bytes),
-                               cudaMemcpyHostToDevice, copies_),
-               "a copy to the device");
-    slot.copied.record(copies_);
-    slot.copied.hold(stream);
-    return to;
+  // Copies the first bytes of the current slot to the device. Later work on `stream` sees them.
+  void send(int64_t bytes, cudaStream_t stream) {
+    read_[current_].block(copies_);
+    check_cuda(
+        cudaMemcpyAsync(device_ + current_ * slot_bytes_, host_.data() + current_ * slot_bytes_,
+                        static_cast<size_t>(bytes), cudaMemcpyHostToDevice, copies_),
+        "a copy to the device");
+    copied_[current_].record(copies_);
+    copied_[current_].block(stream);
   }
-  // After the kernel that reads it was launched.
-  void close(cudaStream_t stream) { slots_[slot_].read.record(stream); }
+  // Called after the kernel that reads the current slot was launched on `stream`.
+  void close(cudaStream_t stream) { read_[current_].record(stream); }
 
  private:
-  struct Slot {
-    Event copied, read;
-  };
   PinnedMemory host_;
   uint8_t* device_;
   int64_t slot_bytes_;
   cudaStream_t copies_ = nullptr;
-  int slot_ = 0;
-  std::array<Slot, kSlots> slots_;
+  int current_ = 0;
+  std::array<Event, kSlots> copied_, read_;  // of the host side, of the device side
 };
 
 }  // namespace fastreplay

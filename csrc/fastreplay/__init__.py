@@ -1,11 +1,12 @@
-"""fastreplay: a replay buffer that keeps each frame once, and an exact integer sum-tree.
+"""fastreplay: a replay that stores each frame once, and an exact integer sum-tree.
 
-    FrameReplay     stacks, n-step returns and priorities, built when a batch is sampled
+    FrameReplay     builds stacks and n-step returns when it samples, with priorities if wanted
+    Batch           what it returns
     SumTree         draws proportional to priorities, for any kind of data
-    backends()      what of it is compiled here: ("cpp", "cuda"), ("cpp",) or ()
+    backends()      the compiled backends: ("cpp", "cuda"), ("cpp",) or ()
     cuda_problem()  why device="cuda" cannot be used here, or ""
 
-The compiled half is loaded when one of the classes is first used.
+torch and the compiled modules are imported when one of these is first used.
 """
 
 import importlib
@@ -22,10 +23,10 @@ _HOME = {
 
 
 def backends():
-    """Names of the compiled backends, best last; empty where nothing was compiled.
+    """Names of the compiled backends, the fastest last; empty where nothing was compiled.
 
-    "cuda" tells how fastreplay was built, not what the machine has: `device="cuda"` needs a GPU
-    too, as cuda_problem() says.
+    "cuda" means that fastreplay was built with CUDA. cuda_problem() tests whether the GPU of this
+    machine can be used.
     """
     names = {"cpp": "fastreplay._cpu", "cuda": "fastreplay._cuda"}
     built = tuple(name for name, module in names.items() if importlib.util.find_spec(module))

@@ -1,62 +1,73 @@
-"""Where a replay lies, and the compiled module that works there."""
+"""The device of a replay, and the compiled module that works there."""
 
 from __future__ import annotations
 
 import importlib
+import threading
 from types import ModuleType
 from typing import Any
 
 import torch
 
-LEAST = (8, 0)  # compute capability that the kernels are compiled for
+MIN_CAPABILITY = (7, 5)  # compute capability that the kernels are compiled for
 
-# The CUDA sources compiled for the CPU: put here by tests, taken for device="cuda".
+# The CUDA sources compiled for the CPU. Tests set it; device="cuda" then means this module.
 emulation: ModuleType | None = None
+checks_emulation = False  # whether it goes through the self-check too
+
+_self_checks: dict[int, str] = {}  # by the GPU's index: what the self-check found, or ""
+_self_check_lock = threading.RLock()
 
 
-class Place:
-    """A device of torch, its compiled module and, on CUDA, that module's `Device`."""
+class Backend:
+    """A torch device, its compiled module, and that module's handle of the device."""
 
     def __init__(self, device: str | torch.device):
         device = torch.device(device)
-        self.torch_device, self.handle = device, None
+        self.is_cuda = device.type == "cuda"
         if device.type == "cpu":
             self.module: Any = importlib.import_module("fastreplay._cpu")
-        elif device.type == "cuda" and emulation is not None:
-            self.module, self.torch_device = emulation, torch.device("cuda", 0)
-            self.handle = emulation.Device(0, self.torch_device, emulation.current_stream)
+            self.torch_device = device
+            self.handle = self.module.Device(self.module.CPU_INDEX, device)
         elif device.type == "cuda":
             problem = cuda_problem(device.index)
             if problem:
                 raise RuntimeError(problem)
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.module = importlib.import_module("fastreplay._cuda")
+            if emulation is not None:
+                index, self.module, stream = 0, emulation, emulation.current_stream
+            else:
+                index = torch.cuda.current_device() if device.index is None else device.index
+                self.module, stream = importlib.import_module("fastreplay._cuda"), current_stream()
             self.torch_device = torch.device("cuda", index)
-            self.handle = self.module.Device(index, self.torch_device, current_stream())
+            self.handle = self.module.Device(index, self.torch_device, stream)
         else:
             raise ValueError(f"device must be cpu or cuda, not {device}")
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.handle is not None
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
 
     def staging(self, slot_bytes: int) -> torch.Tensor:
-        """Where rows and priorities from the CPU arrive."""
+        """The device side of the slots through which data of the CPU arrives."""
         slots = self.module.STAGING_SLOTS
         return self.zeros(slots * (slot_bytes + 15 & ~15), dtype=torch.uint8)
 
     def free_memory(self) -> int:
-        """Bytes that a tensor on this GPU may take, those in torch's cache included."""
+        """Bytes that a new tensor on this GPU may take, those in torch's cache included."""
         index = self.torch_device.index
         cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
         return self.module.free_memory(index) + cached
 
 
 def cuda_problem(index: int | None = None) -> str:
-    """Why device="cuda" (or of that index) cannot be used here, in one line; "" if it can."""
+    """Why device="cuda" (or the GPU of that index) cannot be used here, in one line; "" if it can.
+
+    index: of the GPU; None means torch's current one.
+
+    The first call for a GPU that is otherwise usable runs a self-check, which compares a small
+    replay there with the same on the CPU.
+    """
+    if emulation is not None:
+        return _self_check(0, "the emulated GPU") if checks_emulation else ""
     try:
         module = importlib.import_module("fastreplay._cuda")
     except ModuleNotFoundError:
@@ -65,23 +76,45 @@ def cuda_problem(index: int | None = None) -> str:
             "FASTREPLAY_CUDA=1 pip install ."
         )
     except ImportError as e:
-        return f"the CUDA half of fastreplay does not load ({e}); build it anew: pip install ."
+        return f"the CUDA half of fastreplay does not load ({e}); rebuild it: pip install ."
     if not torch.cuda.is_available():
         return "device='cuda', but torch.cuda.is_available() is False: no usable GPU"
     index = torch.cuda.current_device() if index is None else index
     if index >= torch.cuda.device_count():
         return f"there is no cuda:{index}: torch sees {torch.cuda.device_count()} GPUs"
-    name, has = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-    if has < LEAST:
-        return f"{name} has compute capability {has[0]}.{has[1]}; fastreplay needs {LEAST[0]}.0"
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        has, needs = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        return f"{name} has compute capability {has}; fastreplay needs {needs}"
     try:
         module.free_memory(index)
     except RuntimeError as e:  # a driver older than the toolkit that fastreplay was built with
         return f"fastreplay cannot use {name} ({e}); install a newer driver or build with its nvcc"
-    return ""
+    return _self_check(index, name)
+
+
+def _self_check(index: int, name: str) -> str:
+    """What is wrong with the results of a GPU, in one line; "" if they are those of the CPU."""
+    with _self_check_lock:
+        if index not in _self_checks:
+            _self_checks[index] = ""  # the check itself constructs replays on this GPU
+            try:
+                found = importlib.import_module("fastreplay._self_check").difference(
+                    f"cuda:{index}"
+                )
+            except RuntimeError as e:  # such as too little memory: the next call tries again
+                del _self_checks[index]
+                line = str(e).splitlines()[0] if str(e) else type(e).__name__
+                return f"fastreplay's self-check cannot run on {name}: {line}"
+            if found:
+                _self_checks[index] = (
+                    f"fastreplay's self-check failed on {name}: {found} differ from the CPU's; "
+                    "please report it"
+                )
+        return _self_checks[index]
 
 
 def current_stream():
-    """A function from a device's number to the handle of its current stream."""
-    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return quick or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+    """A function that maps a GPU's index to the handle of torch's current stream there."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return raw or (lambda index: torch.cuda.current_stream(index).cuda_stream)

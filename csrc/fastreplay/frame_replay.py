@@ -1,8 +1,10 @@
-"""A replay that keeps each frame once and builds stacks and n-step returns when it samples."""
+"""A replay that stores each frame once, and builds stacks and n-step returns when it samples."""
 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -12,8 +14,12 @@ import torch
 from torch import Tensor
 
 from fastreplay import _cpu
-from fastreplay._device import Place
+from fastreplay._device import Backend
+from fastreplay._state import check_equal, check_integers, check_keys, check_tensor
 from fastreplay.sum_tree import SumTree
+
+DRAWABLE, ALL_FLAGS = 4, 15  # RowFlag of csrc/core/window.h: kDrawable, and all of them
+UNIFORM = "this replay is uniform: construct it with prioritized=True"
 
 
 class Batch(NamedTuple):
@@ -29,17 +35,18 @@ class Batch(NamedTuple):
 
 
 class FrameReplay:
-    """Rings of environment steps, one for each of `num_envs` games (rules: csrc/core/window.h).
+    """A ring buffer of environment steps for each of `num_envs` games.
 
     Args:
-        capacity: rows in all; each game has capacity // num_envs.
+        capacity: rows in all; each game has capacity // num_envs, at least 2.
         frame_shape: of one frame, such as (84, 84), or (4,) for plain vectors.
         num_envs: games that are stored side by side.
         stack: frames in an observation, 1 to 8; None for one frame without an axis for the stack.
-        n_step: steps in a return.
-        gamma: discount of one step.
+        n_step: steps in a return, 1 to 1000.
+        gamma: discount of one step, 0 to 1.
         seed: of the draws, which are a function of (seed, number of draws so far).
-        prioritized: draw rows in proportion to (|td_error| + per_epsilon)^per_alpha.
+        prioritized: draw rows with probability proportional to their priority
+            (|td_error| + per_epsilon)^per_alpha.
         per_alpha, per_epsilon: see there.
         per_beta: exponent of the importance weights; may be assigned at any time.
         stratified: draw i of a prioritized batch comes from the i-th equal part of the total.
@@ -48,27 +55,32 @@ class FrameReplay:
             float32, which hold frame * scale, computed in float32.
         scale: see there.
         memory_format: torch.contiguous_format or, for two-dimensional frames, torch.channels_last.
-        threads: that copy a batch; by default those that torch computes with, as many as
-            torch.set_num_threads says. Where torch has no GNU OpenMP: one a core, at most 4.
-        device: "cpu", or "cuda" or "cuda:1"... for a replay on that GPU.
-        storage: of the frames of a replay on a GPU: "device", or "host" for pinned memory of the
-            host that the GPU reads across the bus, or "auto" for whichever has room. The attribute
-            `storage` says which it became.
+        threads: that copy a batch, 1 to 256. The default is torch's own, as many as
+            torch.set_num_threads says; where torch has no GNU OpenMP, one per core, at most 4.
+        device: "cpu", or "cuda", "cuda:1"... for a replay on that GPU.
+        storage: of the frames of a replay on a GPU: "device", "host" for pinned memory of the host
+            that the GPU reads over the bus, or "auto" for the first of the two that has room. The
+            attribute `storage` is the one in use.
+
+    Raises ValueError for a value out of range and TypeError for a wrong type. A replay can be
+    pickled and deep-copied. Threads may share one; a call that waits for another one releases the
+    GIL.
 
     On a GPU the same draws give the same batches, bit for bit, in tensors on that GPU. Every call
-    runs on the current stream, after what the replay did before on whichever stream, and none of
-    `add`, `sample(out=...)` and `update_priorities` allocates or waits for the GPU. (Until there is
-    something to draw, `sample` looks, and waits.)
+    runs on the current stream, after the replay's earlier calls on whichever stream, and none of
+    `add`, `sample(out=...)` and `update_priorities` allocates or waits for the GPU. (`sample`
+    waits until there was something to draw once.)
 
-    CUDA graphs: `sample`, `update_priorities` and, of tensors on the GPU, `add` can be captured;
-    each launch of the graph counts on, draws anew and uses the `per_beta` of that moment. Other
-    attributes are as they were when captured. Order launches of the graph and other calls on
-    different streams yourself: the replay does not see a launch.
+    CUDA graphs: `sample`, `update_priorities` and, with tensors on the GPU, `add` can be captured.
+    Each launch of the graph continues the draws and uses the current `per_beta`; other attributes
+    have the value they had at the capture. Launches and other calls run in program order too,
+    whatever their streams: each captured call adds event nodes to its graph, which therefore cannot
+    be the body of a conditional node. Within one graph, all calls of a replay must be captured on
+    one stream (RuntimeError). A graph must not be launched once its replay is gone.
 
-    What only the GPU can see (an index or a TD error on the GPU that is no good, a row that is not
-    drawable, nothing to draw) changes nothing, and gives samples that are all zeros. `check()`
-    raises it, and so does `len` of a replay whose `add` was captured, and `state_dict`. These wait
-    for the GPU.
+    Errors that only the GPU can see (a row out of range or not drawable, a TD error that is not
+    finite, nothing to draw) change nothing, and the samples concerned are all zeros. The error is
+    latched until `check()` or `state_dict()`, which wait for the GPU, raises it.
     """
 
     def __init__(
@@ -94,95 +106,105 @@ class FrameReplay:
         device: str | torch.device = "cpu",
         storage: str = "auto",
     ):
-        frame_shape = tuple(int(side) for side in frame_shape)
+        capacity = _integer("capacity", capacity, 1, 2**27)
+        num_envs = _integer("num_envs", num_envs, 1, 2**20)
+        stack = None if stack is None else _integer("stack", stack, 1, 8)
+        n_step = _integer("n_step", n_step, 1, 1000)
+        threads = None if threads is None else _integer("threads", threads, 1, 256)
+        seed = _integer("seed", seed)
+        gamma = _number("gamma", gamma, 0, 1)
+        per_alpha = _number("per_alpha", per_alpha, 0, 1000)
+        per_beta = _number("per_beta", per_beta, 0, 100)
+        per_epsilon = _number("per_epsilon", per_epsilon, 1e-30, 1e30)
+        scale = _number("scale", scale, -1e30, 1e30)
+        frames = stack or 1
+        if capacity < 2 * num_envs:
+            raise ValueError(
+                f"capacity must be at least {2 * num_envs} (2 rows for each game, num_envs = "
+                f"{num_envs}), not {capacity}; a transition far from the start and the end of its "
+                f"episode takes n_step + stack = {n_step + frames} rows of its game"
+            )
+        frame_shape = tuple(_integer("frame_shape", side, 1, 2**30) for side in frame_shape)
+        if not 1 <= len(frame_shape) <= 8:
+            raise ValueError(f"frame_shape must have 1 to 8 dimensions, not {len(frame_shape)}")
         output_dtype = frame_dtype if output_dtype is None else output_dtype
-        channels_last = memory_format == torch.channels_last
         byte_frames = frame_dtype == torch.uint8
-        frames = 1 if stack is None else stack
-        for name, value, low, high in (
-            ("num_envs", num_envs, 1, 2**20),
-            ("capacity", capacity, num_envs, 2**27),
-            ("stack", frames, 1, 8),
-            ("n_step", n_step, 1, 1000),
-            ("gamma", gamma, 0, 1),
-            ("per_alpha", per_alpha, 0, 1000),
-            ("per_beta", per_beta, 0, 100),
-            ("per_epsilon", per_epsilon, 1e-30, 1e30),
-            ("scale", scale, -1e30, 1e30),
-            ("threads", 1 if threads is None else threads, 1, 256),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-        if not 1 <= len(frame_shape) <= 8 or min(frame_shape) < 1:
-            raise ValueError(f"frame_shape must hold 1 to 8 positive sides, not {frame_shape}")
         if frame_dtype not in (torch.uint8, torch.float32):
             raise TypeError(f"frame_dtype must be torch.uint8 or torch.float32, not {frame_dtype}")
         if output_dtype != frame_dtype and not (
             byte_frames and output_dtype in (torch.float16, torch.bfloat16, torch.float32)
         ):
-            raise TypeError(f"{frame_dtype} frames cannot be returned as {output_dtype}")
+            raise TypeError(f"output_dtype of {frame_dtype} frames cannot be {output_dtype}")
         if memory_format not in (torch.contiguous_format, torch.channels_last):
             raise ValueError("memory_format must be contiguous_format or channels_last")
-        if channels_last and not (byte_frames and len(frame_shape) == 2 and stack is not None):
+        if memory_format == torch.channels_last and not (
+            byte_frames and len(frame_shape) == 2 and stack is not None
+        ):
             raise ValueError("channels_last is for stacks of two-dimensional uint8 frames")
-
         if storage not in ("auto", "device", "host"):
             raise ValueError(f"storage must be auto, device or host, not {storage}")
-        place = Place(device)
-        self._place, self.device = place, place.torch_device
+
+        backend = Backend(device)
+        self._backend, self.device = backend, backend.torch_device
         self.capacity, self.frame_shape, self.num_envs = capacity, frame_shape, num_envs
         self.stack, self.n_step, self.gamma = stack, n_step, gamma
         self.prioritized, self.stratified = prioritized, stratified
         self.per_alpha, self.per_epsilon = per_alpha, per_epsilon
         self.frame_dtype, self.output_dtype, self.scale = frame_dtype, output_dtype, scale
-        self.memory_format = memory_format
+        self.memory_format, self.threads = memory_format, threads
         self.rows = capacity // num_envs
 
         shape, leaves = (num_envs, self.rows), num_envs * self.rows
         self._frames = self._allocate_frames(storage)
-        self._actions = place.zeros(*shape, dtype=torch.int32)
-        self._rewards = place.zeros(*shape, dtype=torch.float32)
-        self._flags = place.zeros(*shape, dtype=torch.uint8)
+        self._actions = backend.zeros(*shape, dtype=torch.int32)
+        self._rewards = backend.zeros(*shape, dtype=torch.float32)
+        self._flags = backend.zeros(*shape, dtype=torch.uint8)
         self._tree = SumTree(leaves, per_alpha, seed, device) if prioritized else None
-        memory = (self._frames, self._actions, self._rewards, self._flags)
-        powers = [float(gamma) ** k for k in range(n_step + 1)]
-        options = {"frame_shape": frame_shape, "float_frames": not byte_frames, "stack": frames}
-        options |= {"stack_axis": stack is not None, "seed": seed % 2**64}
-        ring = place.module.FrameRing
-        if place.is_cuda:
+        powers = [gamma**k for k in range(n_step + 1)]
+        powers = torch.tensor(powers, dtype=torch.float32, device=self.device)
+        memory = (self._frames, self._actions, self._rewards, self._flags, powers)
+        ring = backend.module.FrameRing
+        if backend.is_cuda:
             row_bytes = ring.row_bytes(num_envs, self._frames[0, 0].nbytes)
-            memory += (torch.tensor(powers, dtype=torch.float32, device=self.device),)
-            memory += (place.staging(row_bytes), place.zeros(8))
-            self._ring = ring(memory, self._tree, place.handle, **options)
-        else:
-            threads = _default_threads() if threads is None else threads
-            self._ring = ring(memory, self._tree, powers=powers, threads=threads, **options)
+            memory += (backend.staging(row_bytes), backend.zeros(8))
+        self._ring = ring(
+            memory,
+            self._tree,
+            backend.handle,
+            frame_shape=frame_shape,
+            frame_dtype=str(frame_dtype).removeprefix("torch."),
+            output_dtype=str(output_dtype).removeprefix("torch."),
+            stack=frames,
+            stack_axis=stack is not None,
+            threads=_default_threads() if threads is None else threads,
+            seed=seed % 2**64,
+        )
         self.per_beta = per_beta
 
     def _allocate_frames(self, storage: str) -> Tensor:
         shape = (self.num_envs, self.rows, *self.frame_shape)
         self.storage = "host"
-        if not self._place.is_cuda:
-            # Not written until it is needed: an empty replay costs no memory.
+        if not self._backend.is_cuda:
+            # Not zeroed: the system provides memory only for rows that are written.
             frames = torch.empty(shape, dtype=self.frame_dtype)
             _cpu.use_huge_pages(frames.data_ptr(), frames.nbytes)
             return frames
         size = math.prod(shape) * self.frame_dtype.itemsize
-        # A tenth of what is free is left to the network.
-        if storage == "device" or (storage == "auto" and size <= 0.9 * self._place.free_memory()):
+        # A tenth of the free memory is left to the network.
+        if storage == "device" or (storage == "auto" and size <= 0.9 * self._backend.free_memory()):
             try:
                 frames = torch.empty(shape, dtype=self.frame_dtype, device=self.device)
                 self.storage = "device"
                 return frames
-            except torch.OutOfMemoryError:  # there is room, but not in one piece
+            except torch.OutOfMemoryError:  # the free memory is fragmented
                 if storage == "device":
                     raise
-        pinned = self._place.module.PinnedMemory(size, self.device.index)
+        pinned = self._backend.module.PinnedMemory(size, self.device.index)
         return torch.frombuffer(pinned, dtype=self.frame_dtype).view(shape)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.frame_shape))
-        frames = f", frames on the {self.storage}" if self._place.is_cuda else ""
+        frames = f", frames on the {self.storage}" if self._backend.is_cuda else ""
         kind = "prioritized" if self.prioritized else "uniform"
         return (
             f"FrameReplay({self.capacity} rows of {shape}, {self.num_envs} games, {kind}, "
@@ -197,16 +219,28 @@ class FrameReplay:
     def per_beta(self, beta: float) -> None:
         self._ring.beta = beta
 
+    @property
+    def max_priority(self) -> float:
+        """The largest priority p = (|td_error| + per_epsilon)^per_alpha seen, 1 at first.
+
+        New rows enter with it. It is quantised to multiples of 2^-20 and at most 2^12; to compare
+        it with TD errors, take max_priority ** (1 / per_alpha) - per_epsilon. On a GPU, waits for
+        it. Raises RuntimeError if the replay is not prioritized.
+        """
+        if self._tree is None:
+            raise RuntimeError(UNIFORM)
+        return self._ring.max_leaf / 2**20
+
     def __len__(self) -> int:
-        """Rows stored, all games together."""
+        """Rows stored, all games together. On a GPU it waits if a captured `add` may have run."""
         return self._ring.stored * self.num_envs
 
     def add(self, frames, actions, rewards, terminations, episode_starts) -> None:
-        """Stores one row for each game. Tensors on the CPU, NumPy arrays or tensors on `device`.
+        """Stores one row of each game. Tensors on the CPU, NumPy arrays or tensors on `device`.
 
         Args:
             frames: (num_envs, *frame_shape) frame_dtype, the newest frame seen before acting. Each
-                frame is contiguous; games may lie apart, as in `obs[:, -1]`.
+                frame is contiguous; games need not be, as in `obs[:, -1]`.
             actions: (num_envs,) int64 or int32.
             rewards: (num_envs,) floats or integers, received for the action.
             terminations: (num_envs,) bool, the action ended the episode (or the life).
@@ -214,77 +248,87 @@ class FrameReplay:
 
         A final observation is a row of its own, whose action, reward and termination are ignored:
         the row before one that opens an episode. Raises TypeError (dtype) or ValueError (shape,
-        stride, device), and stores nothing then.
+        stride, device, an action that does not fit 32 bits), and stores nothing then.
         """
         self._ring.add(frames, actions, rewards, terminations, episode_starts)
 
     def drawable(self, indices) -> Tensor:
-        """Whether each of `indices` (n,) int64 may start a transition: (n,) bool."""
-        out = torch.empty(len(indices), dtype=torch.bool, device=self.device)
-        self._ring.drawable(indices, out)
-        return out
+        """Whether each of `indices` (B,) int64, int32 or a list, may start a transition: (B,) bool.
+
+        Raises IndexError for a row out of range.
+        """
+        return self._ring.drawable(indices)
 
     def draw(self, batch_size: int) -> Tensor:
-        """(batch_size,) int64 drawable rows. ValueError if there is none yet."""
-        out = torch.empty(batch_size, dtype=torch.int64, device=self.device)
-        self._ring.draw(out, self.stratified)
-        return out
+        """Draws (batch_size,) int64 drawable rows. Raises ValueError if there is none yet."""
+        return self._ring.draw(batch_size, self.stratified)
 
     def gather(self, indices, out: Batch | None = None) -> Batch:
-        """The transitions that start at `indices` (B,) int64; ValueError if one is not drawable.
+        """The transitions that start at `indices` (B,) int64, int32 or a list.
 
-        With one step and the contiguous format, obs and next_obs of a fresh batch are views of one
-        (B, stack + 1, *frame_shape) block.
+        `out`, a batch of that size, is written and returned if given; see `sample`. With one step
+        and the contiguous format, obs and next_obs of a fresh batch are views of one (B, stack + 1,
+        *frame_shape) block. Raises IndexError for a row out of range, ValueError if one is not
+        drawable.
         """
-        indices = torch.as_tensor(indices)
-        batch = self._empty_batch(len(indices)) if out is None else out
-        self._fill(batch._replace(indices=indices), draw_first=False)
-        batch.indices.copy_(indices)
+        n = len(indices) if hasattr(indices, "__len__") else 0
+        batch = self._empty_batch(n) if out is None else _as_batch(out)
+        if indices is None:
+            raise TypeError("indices must be integers, not None")
+        self._fill(n, batch, indices)
         return batch
 
     def sample(self, batch_size: int, out: Batch | None = None) -> Batch:
-        """gather(draw(batch_size)), in one call. Writes into `out`, a batch of that size, if given.
+        """gather(draw(batch_size)), in one call.
 
-        Raises ValueError if there is no complete transition yet, or `out` has another shape or
-        layout; TypeError if it has another dtype.
+        `out` is a Batch, or a tuple of its seven arrays, that is written and returned as a Batch.
+        Raises ValueError if there is no complete transition yet or an array of `out` has another
+        shape, layout or device or is read-only, TypeError if it has another dtype. Nothing is drawn
+        then.
         """
-        batch = self._empty_batch(batch_size) if out is None else out
-        if len(batch.indices) != batch_size:
-            raise ValueError(f"out holds {len(batch.indices)} samples, not {batch_size}")
-        self._fill(batch, draw_first=True)
+        if not 0 <= batch_size < 2**31:
+            raise ValueError(f"batch_size must be from 0 to 2^31 - 1, not {batch_size}")
+        batch = self._empty_batch(batch_size) if out is None else _as_batch(out)
+        self._fill(batch_size, batch, None)
         return batch
 
     def update_priorities(self, indices, td_error) -> None:
-        """Sets priorities (|td_error| + per_epsilon)^per_alpha; among duplicates the last wins.
+        """Sets priorities (|td_error| + per_epsilon)^per_alpha; among duplicates the last one wins.
 
-        `indices` (B,) int64, `td_error` (B,) float32 or float64. Rows that have been overwritten
-        beyond use since they were drawn are skipped. Raises IndexError, or ValueError for NaN and
-        infinity, and changes nothing then; RuntimeError if the replay is not prioritized.
+        Args:
+            indices: (B,) int64, int32 or a list, such as `batch.indices`.
+            td_error: (B,) float32 or float64, finite.
+
+        Rows that cannot be drawn now are skipped. So are rows that have replaced an older row and
+        were not sampled, drawn or gathered since: the priority is that of the older row. (If such a
+        row was sampled again by a later batch, it takes the priority of the older row until the
+        update of that later batch corrects it: indices do not tell which of the two is meant.)
+        Skipped or not, a value counts for max_priority.
+
+        Raises IndexError (range), ValueError (shape, NaN, infinity) or TypeError (dtype), and
+        changes nothing then; RuntimeError if the replay is not prioritized.
         """
         if self._tree is None:
-            raise RuntimeError("this replay is uniform: construct it with prioritized=True")
+            raise RuntimeError(UNIFORM)
         self._ring.update(indices, td_error, self.per_alpha, self.per_epsilon)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a replay needs to go on: the rows stored, their priorities, the draw counter.
+        """All that a replay needs to continue: its rows, priorities, seed and draw counter.
 
-        Like a module's, the tensors are the replay's own memory, so that saving does not double
-        it: save, or deep-copy, before the next add. They hold stored rows only.
-
-        Of a replay on a GPU they are copies on the CPU, one for each game, which takes as much
-        memory there as the stored rows (frames on the host are not copied). A state may be loaded
-        on another device than it was saved on.
+        Like a module's, the tensors are the replay's own memory, one for each game, and hold the
+        stored rows only: save or copy them before the next call. Those of a replay on a GPU are
+        copies on the CPU, except frames with storage "host". A state may be loaded on another
+        device. On a GPU, waits for it.
         """
         self.check()
         stored = self._ring.stored
 
-        def rows(tensor):  # one tensor a game, whose storage is just these rows
+        def rows(tensor):  # a storage that holds these rows and no more
             return [torch.from_numpy(game[:stored].cpu().numpy()) for game in tensor]
 
-        state = {name: getattr(self, name) for name in self._fixed()}
-        state["frame_shape"] = list(self.frame_shape)
-        state |= {"stored": stored, "head": self._ring.head, "calls": self._ring.calls}
-        state |= {"seed": self._ring.seed, "max_leaf": self._ring.max_leaf}
+        state = self._fixed() | {"stored": stored, "head": self._ring.head}
+        state |= {"calls": self._ring.calls, "seed": self._ring.seed}
+        state |= {"max_leaf": self._ring.max_leaf}
         state |= {"frames": rows(self._frames), "actions": rows(self._actions)}
         state |= {"rewards": rows(self._rewards), "flags": rows(self._flags)}
         if self._tree is not None:
@@ -294,15 +338,21 @@ class FrameReplay:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state of a like replay. ValueError, and no change, otherwise."""
+        """Restores a state of a replay with the same arguments, saved on any device.
+
+        Raises ValueError if the state does not fit or is damaged; the replay is unchanged then.
+        Other threads must not use the replay meanwhile.
+        """
         stored, head = self._check_state(state)
         flags = torch.zeros(self._flags.shape, dtype=torch.uint8)
         for game in range(self.num_envs):
             flags[game, :stored] = state["flags"][game]
+        if (flags > ALL_FLAGS).any():
+            raise ValueError("the state is damaged: flags must be from 0 to 15")
         n_drawable = _cpu.mark_drawable(flags, stored, head, self.stack or 1, self.n_step)
         if self._tree is not None:
             for game, leaves in enumerate(state["leaves"]):
-                if not torch.equal(leaves.cpu() != 0, flags[game, :stored] >= 4):
+                if not torch.equal(leaves.cpu() != 0, (flags[game, :stored] & DRAWABLE) != 0):
                     raise ValueError("the state is damaged: its priorities do not fit its rows")
         self.check()
         for name in ("frames", "actions", "rewards"):
@@ -315,16 +365,26 @@ class FrameReplay:
                 leaves[:stored] = state["leaves"][game]
                 self._tree._write_leaves(game * self.rows, leaves)
         self._ring.seed = state["seed"]
-        numbers = (stored, head, state["max_leaf"], state["calls"])
-        self._ring.restore(*numbers, *((n_drawable,) if self._place.is_cuda else ()))
+        self._ring.restore(stored, head, n_drawable, state["max_leaf"], state["calls"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"arguments": self._arguments(), "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state["arguments"])
+        self.load_state_dict(state["state"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrameReplay:
+        other = memo[id(self)] = type(self)(**self._arguments())
+        other.load_state_dict(self.state_dict())  # unlike by pickling, frames are copied once
+        return other
 
     def check(self) -> None:
-        """Waits for the GPU and raises what went wrong there since the last call that waited.
+        """Waits for the GPU, and raises the error that it has latched since the last such call.
 
-        On the CPU nothing waits to be told.
+        On the CPU errors are raised at once: does nothing there.
         """
-        if self._place.is_cuda:
-            self._ring.check()
+        self._ring.check()
 
     def _empty_batch(self, n: int) -> Batch:
         dtype, frame_shape = self.output_dtype, self.frame_shape
@@ -343,48 +403,75 @@ class FrameReplay:
         rewards, discounts, is_weights = empty((3, n), dtype=torch.float32)
         return Batch(obs, actions, rewards, next_obs, discounts, indices, is_weights)
 
-    def _fill(self, batch: Batch, draw_first: bool) -> None:
+    def _fill(self, n: int, batch: Batch, indices: Any) -> None:
         channels_last = self.memory_format == torch.channels_last
-        if batch.obs.dtype != self.output_dtype:
-            raise TypeError(f"obs must be {self.output_dtype}, not {batch.obs.dtype}")
-        self._ring.gather(batch, draw_first, self.stratified, self.scale, channels_last)
+        self._ring.gather(indices, n, batch, self.stratified, self.scale, channels_last)
 
-    def _fixed(self) -> tuple[str, ...]:
-        return ("capacity", "num_envs", "stack", "n_step", "gamma", "prioritized", "per_alpha")
+    def _arguments(self) -> dict[str, Any]:
+        """Those that construct a replay like this one; the seed is part of the state."""
+        names = ("capacity", "frame_shape", "num_envs", "stack", "n_step", "gamma", "prioritized")
+        names += ("per_alpha", "per_beta", "per_epsilon", "stratified", "frame_dtype", "device")
+        names += ("output_dtype", "scale", "memory_format", "threads", "storage")
+        return {name: getattr(self, name) for name in names}
 
-    def _tensors(self) -> dict[str, torch.dtype]:
-        dtypes = {"frames": self.frame_dtype, "actions": torch.int32, "rewards": torch.float32}
-        dtypes["flags"] = torch.uint8
-        return dtypes | ({"leaves": torch.int32} if self._tree is not None else {})
+    def _fixed(self) -> dict[str, Any]:
+        """What a state has in common with the replay that loads it."""
+        names = ("capacity", "num_envs", "stack", "n_step", "gamma", "prioritized", "per_alpha")
+        fixed = {name: getattr(self, name) for name in names}
+        return fixed | {"frame_shape": list(self.frame_shape)}
 
-    def _check_state(self, state: dict[str, Any]) -> tuple[int, int]:
-        numbers = ("stored", "head", "calls", "seed", "max_leaf")
-        needed = {*self._fixed(), "frame_shape", *numbers, *self._tensors()}
-        if not isinstance(state, dict) or needed - set(state):
-            lacks = ", ".join(sorted(needed - set(state))) if isinstance(state, dict) else "all"
-            raise ValueError(f"the state is not one of a FrameReplay like this; it lacks: {lacks}")
-        for name in (*self._fixed(), "frame_shape"):
-            mine = list(self.frame_shape) if name == "frame_shape" else getattr(self, name)
-            if state[name] != mine:
-                raise ValueError(f"the state has {name} {state[name]}, this replay {mine}")
-        stored, head, calls, seed, max_leaf = (state[name] for name in numbers)
-        if not all(isinstance(state[name], int) for name in numbers):
-            raise ValueError(f"the state is damaged: {', '.join(numbers)} must be integers")
-        full = stored == self.rows
-        if not (0 <= stored <= self.rows and 0 <= head < self.rows and (full or head == stored)):
+    def _check_state(self, state: Any) -> tuple[int, int]:
+        """The rows stored and the write head of a state that fits."""
+        tensors = {"frames": self.frame_dtype, "actions": torch.int32, "rewards": torch.float32}
+        tensors["flags"] = torch.uint8
+        if self._tree is not None:
+            tensors["leaves"] = torch.int32
+        integers = {"stored": (0, self.rows), "head": (0, self.rows - 1), "calls": (0, 2**64 - 1)}
+        integers |= {"seed": (0, 2**64 - 1), "max_leaf": (2**20, 2**32 - 1)}
+        check_keys(state, [*self._fixed(), *integers, *tensors], "FrameReplay")
+        check_equal(state, self._fixed())
+        check_integers(state, integers)
+        stored, head = state["stored"], state["head"]
+        if stored < self.rows and head != stored:
             raise ValueError(f"the state is damaged: {stored} rows stored, write head at {head}")
-        if not (0 <= calls < 2**64 and 0 <= seed < 2**64 and 2**20 <= max_leaf < 2**32):
-            raise ValueError("the state is damaged: calls, seed or max_leaf is out of range")
-        for name, dtype in self._tensors().items():
+        for name, dtype in tensors.items():
             shape = (stored, *(self.frame_shape if name == "frames" else ()))
             games = state[name]
-            if len(games) != self.num_envs or any(
-                game.dtype != dtype or tuple(game.shape) != shape for game in games
-            ):
-                raise ValueError(f"the state is damaged: {name} must be {dtype} of shape {shape}")
+            if not isinstance(games, (list, tuple, Tensor)) or len(games) != self.num_envs:
+                raise ValueError(f"the state is damaged: {name} must be of {self.num_envs} games")
+            for game in games:
+                check_tensor(game, name, dtype, shape)
         return stored, head
 
 
+def _integer(name: str, value: Any, low: int | None = None, high: int = 0) -> int:
+    """`value` as an int in [low, high]."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if low is not None and not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float in [low, high]."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+    return float(value)
+
+
+def _as_batch(out: Any) -> Batch:
+    if isinstance(out, Batch):
+        return out
+    if not isinstance(out, (tuple, list)) or len(out) != len(Batch._fields):
+        raise TypeError("out must be a Batch, or a tuple of its seven arrays")
+    return Batch(*out)
+
+
 def _default_threads() -> int:
-    """0 stands for torch's own."""
+    """0 means torch's own."""
     return 0 if _cpu.openmp_threads() > 0 else min(os.cpu_count() or 1, 4)

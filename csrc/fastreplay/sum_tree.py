@@ -1,4 +1,4 @@
-"""An exact sum-tree: draws indices with probability proportional to their priorities."""
+"""An exact sum-tree: draws rows with probability proportional to their priorities."""
 
 from __future__ import annotations
 
@@ -8,42 +8,47 @@ import torch
 from torch import Tensor
 
 from fastreplay import _cpu
-from fastreplay._device import Place
+from fastreplay._device import Backend
+from fastreplay._state import check_equal, check_integers, check_keys, check_tensor
 
 if TYPE_CHECKING:  # the methods of both devices
     from fastreplay._cpu import SumTree as Compiled
 else:
     Compiled = object
 
-PRIORITY_SLOT = 1 << 16  # bytes: 4096 pairs of index and priority from the CPU at a time
+STAGING_SLOT = 1 << 16  # bytes: 4096 pairs of row and priority sent to a GPU at a time
 
 
 class SumTree(Compiled):
-    """Priorities of `capacity` rows (1 to 2^27), all 0 at first.
+    """Priorities of `capacity` rows, all 0 at first.
 
-    A priority p is kept as the integer clamp(rint(p^alpha * 2^20), 1, 2^32 - 1), or 0 if p is 0,
-    which is never drawn. Sums are exact, so they never drift; duplicates in one `set` are allowed,
-    the last wins. Draws are a function of (seed, calls): a tree restored by `load_state_dict` goes
-    on with the draws of the tree that was saved.
+    Args:
+        capacity: rows, 1 to 2^27.
+        alpha: exponent of the priorities, 0 to 1000.
+        seed: of the draws.
+        device: "cpu", or "cuda", "cuda:1"... for a tree on that GPU.
 
-    Arguments are torch tensors on the CPU or NumPy arrays, 1-D and contiguous. `out`, where given,
-    is written and returned. Bad arguments raise TypeError (dtype), ValueError (shape, values) or
-    IndexError (range), and change nothing.
+    A priority p is stored as the integer clamp(rint(p^alpha * 2^20), 1, 2^32 - 1), or 0 if p is 0.
+    A row of priority 0 is never drawn. Sums are exact integers, so they never drift. Draws are a
+    function of (seed, calls, priorities), the same on every device: a tree restored by
+    `load_state_dict`, a copy or an unpickled tree continues with the same draws.
 
-    With `device="cuda"` (or "cuda:1"...) the tree lies on that GPU and draws the same rows.
-    Arguments may be tensors there too, and results are. `set`, `sample`, `find`, `get` and
-    `weights` run on the current stream and wait for nothing; given tensors of the GPU, they can be
-    captured in a CUDA graph. Values on the GPU are checked there: a bad one changes nothing, and
-    `check()`, `total()`, `calls`, `check_valid()` and `state_dict()`, which wait for the GPU,
-    raise the error.
+    Methods (see their docstrings): set, get, total, find, sample, weights, check, check_valid.
+    Arrays are torch tensors or NumPy arrays, 1-D and contiguous; rows may also be a list of ints.
+    `out`, where given, is written and returned. Bad arguments raise TypeError (dtype), ValueError
+    (shape, value) or IndexError (range), and change nothing.
+
+    On a GPU, arguments may be on the CPU or on that GPU, and results are on the GPU. `set`, `get`,
+    `find`, `sample` and `weights` run on the current stream without waiting for it; with arguments
+    on the GPU they can be captured in a CUDA graph. Values on the GPU are checked there: a bad one
+    changes nothing, and its error is latched until `check()`, `total()`, `calls`, `check_valid()`
+    or `state_dict()`, which wait for the stream, raises it.
 
         tree = SumTree(1_000_000, alpha=0.6)
         tree.set(indices, priorities)
         indices = tree.sample(32)
         weights = tree.weights(indices, beta=0.4)
     """
-
-    # set, get, total, find, sample, weights, check_valid: compiled, documented in bindings.cpp.
 
     device: torch.device
 
@@ -56,7 +61,6 @@ class SumTree(Compiled):
             seed: int = 1,
             device: str | torch.device = "cpu",
         ) -> None: ...
-        def check(self) -> None: ...
         def _read_leaves(self, first: int, n: int) -> Tensor: ...
         def _write_leaves(self, first: int, leaves: Tensor) -> None: ...
 
@@ -68,16 +72,16 @@ class SumTree(Compiled):
         device: str | torch.device = "cpu",
     ):
         if cls is SumTree:
-            place = Place(device)
-            cls = cuda_tree(place.module) if place.is_cuda else CpuSumTree
+            backend = Backend(device)
+            cls = cuda_tree(backend.module) if backend.is_cuda else CpuSumTree
         return super().__new__(cls)
 
     def __len__(self) -> int:
         return self.capacity
 
     def state_dict(self) -> dict[str, Any]:
-        """Priorities and draw counter. `leaves` is the tree's own memory, not a copy, but of a tree
-        on CUDA a copy on the CPU."""
+        """Priorities and draw counter. `leaves` (capacity,) int32 is the tree's own memory; of a
+        tree on a GPU it is a copy on the CPU."""
         return {
             "capacity": self.capacity,
             "alpha": self.alpha,
@@ -87,23 +91,25 @@ class SumTree(Compiled):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state of a tree of the same capacity and alpha, on whichever device it was;
-        ValueError otherwise."""
-        missing = {"capacity", "alpha", "seed", "calls", "leaves"} - set(state)
-        if missing:
-            raise ValueError(f"the state lacks {', '.join(sorted(missing))}")
-        for name in ("capacity", "alpha"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the state has {name} {state[name]}, this tree {getattr(self, name)}"
-                )
-        leaves = state["leaves"]
-        if leaves.dtype != torch.int32 or leaves.shape != (self.capacity,):
-            raise ValueError(f"leaves must be int32 of shape ({self.capacity},)")
+        """Restores the state of a tree of the same capacity and alpha, saved on any device.
+
+        Raises ValueError if the state does not fit; the tree is unchanged then.
+        """
+        check_keys(state, ("capacity", "alpha", "seed", "calls", "leaves"), "SumTree")
+        check_equal(state, {"capacity": self.capacity, "alpha": self.alpha})
+        check_integers(state, {"seed": (0, 2**64 - 1), "calls": (0, 2**64 - 1)})
+        check_tensor(state["leaves"], "leaves", torch.int32, (self.capacity,))
         self.check()
         self.seed, self.calls = state["seed"], state["calls"]
-        self._write_leaves(0, leaves)
+        self._write_leaves(0, state["leaves"])
         self.rebuild()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state)
+
+    def __reduce__(self):
+        arguments = (self.capacity, self.alpha, self.seed, str(self.device))
+        return SumTree, arguments, self.state_dict()
 
 
 def check_alpha(alpha: float) -> None:
@@ -115,13 +121,12 @@ class CpuSumTree(SumTree, _cpu.SumTree):
     def __init__(self, capacity: int, alpha: float = 1.0, seed: int = 1, device="cpu"):
         leaf_slots, inner_slots = _cpu.SumTree.slots(capacity)
         check_alpha(alpha)
-        self.device = torch.device("cpu")
+        backend = Backend(device)
+        self.device = backend.torch_device
         self._leaves = torch.zeros(leaf_slots, dtype=torch.int32)
         self._inner = torch.zeros(inner_slots, dtype=torch.int64)
-        _cpu.SumTree.__init__(self, capacity, self._leaves, self._inner, alpha, seed % 2**64)
-
-    def check(self) -> None:
-        """Raises what went wrong since the last check: on the CPU, nothing waits to be told."""
+        memory = (self._leaves, self._inner)
+        _cpu.SumTree.__init__(self, capacity, memory, backend.handle, alpha, seed % 2**64)
 
     def _read_leaves(self, first: int, n: int) -> Tensor:
         return self._leaves[first : first + n]
@@ -134,24 +139,23 @@ _cuda_trees: dict[Any, type] = {}
 
 
 def cuda_tree(module: Any) -> type:
-    """The class of trees on CUDA: made when the compiled module is first wanted."""
+    """The class of trees on CUDA, made when the compiled module is first needed."""
     if module in _cuda_trees:
         return _cuda_trees[module]
 
     class CudaSumTree(SumTree, module.SumTree):
         def __init__(self, capacity: int, alpha: float = 1.0, seed: int = 1, device="cuda"):
-            place, slots = Place(device), module.SumTree.slots(capacity)
+            backend, slots = Backend(device), module.SumTree.slots(capacity)
             check_alpha(alpha)
-            self.device = place.torch_device
-            nodes, counters = place.zeros(slots), place.zeros(8)
-            staging = place.staging(PRIORITY_SLOT)
-            memory = (nodes, counters, staging, place.zeros(1))
+            self.device = backend.torch_device
+            nodes = backend.zeros(slots)
             leaf_slots = -(-capacity // 32) * 32
             self._leaves, self._inner = nodes[:leaf_slots], nodes[leaf_slots:]
-            module.SumTree.__init__(self, capacity, memory, place.handle, alpha, seed % 2**64)
+            memory = (nodes, backend.zeros(8), backend.staging(STAGING_SLOT))
+            module.SumTree.__init__(self, capacity, memory, backend.handle, alpha, seed % 2**64)
 
         def _read_leaves(self, first: int, n: int) -> Tensor:
-            # the low halves of the words, as they are in memory
+            # A leaf is the low half of its 64-bit word.
             self.check()
             return self._leaves[first : first + n].view(torch.int32)[::2].cpu().contiguous()
 

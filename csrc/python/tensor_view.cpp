@@ -7,7 +7,7 @@ namespace py = pybind11;
 namespace fastreplay {
 namespace {
 
-// The parts of DLPack 1.x that are used here, as its specification lays them out.
+// The structures of DLPack 1.x that are read here, as its specification defines them.
 namespace dlpack {
 struct Tensor {
   void* data;
@@ -30,7 +30,7 @@ struct Exchange {
   int (*tensor_from_object)(void* object, Tensor* out);
   void* current_work_stream;
 };
-constexpr int kCpu = 1, kCuda = 2, kCudaHost = 3;  // the last is pinned: ordinary to the CPU
+constexpr int kCpu = 1, kCuda = 2, kCudaHost = 3;  // device types; kCudaHost: pinned host memory
 }  // namespace dlpack
 
 struct Torch {
@@ -38,7 +38,7 @@ struct Torch {
   const dlpack::Exchange* exchange = nullptr;
 };
 
-// torch, if this process has imported it.
+// torch, if the process has imported it.
 const Torch& torch_module() {
   static Torch torch;
   if (torch.tensor_type == nullptr) {
@@ -106,13 +106,8 @@ bool from_exchange(const dlpack::Exchange& exchange, py::handle object, TensorVi
 }
 
 void from_attributes(py::handle tensor, const char* name, TensorView& v) {
-  const std::string dtype = py::str(tensor.attr("dtype"));
-  v.dtype = DType::kOther;
-  for (int i = 0; i < static_cast<int>(DType::kOther); ++i) {
-    if (dtype == std::string("torch.") + name_of(static_cast<DType>(i))) {
-      v.dtype = static_cast<DType>(i);
-    }
-  }
+  const std::string dtype = py::str(tensor.attr("dtype"));  // "torch.float32"
+  v.dtype = dtype_named(dtype.substr(dtype.find('.') + 1));
   const py::object device = tensor.attr("device");
   const std::string type = py::cast<std::string>(device.attr("type"));
   v.device = TensorView::kElsewhere;
@@ -157,14 +152,18 @@ void from_buffer(py::handle object, const char* name, TensorView& v) {
   if (code == 'e') v.dtype = DType::kFloat16;
   if (code == 'f') v.dtype = DType::kFloat32;
   if (code == 'd') v.dtype = DType::kFloat64;
-  bool whole = v.ndim <= TensorView::kMaxDims;
-  for (int d = 0; whole && d < v.ndim; ++d) {
+  const bool fits = v.ndim <= TensorView::kMaxDims;
+  bool whole = true;
+  for (int d = 0; fits && whole && d < v.ndim; ++d) {
     v.shape[d] = buffer.shape[d];
     whole = buffer.strides[d] % size == 0;
     v.strides[d] = buffer.strides[d] / size;
   }
-  PyBuffer_Release(&buffer);  // the caller's reference keeps the memory
-  if (!whole) throw py::value_error(std::string(name) + " has strides that are not whole elements");
+  PyBuffer_Release(&buffer);  // the caller's reference keeps the memory alive
+  if (!fits) throw py::value_error(std::string(name) + " has too many dimensions");
+  if (!whole) {
+    throw py::value_error(std::string(name) + " has strides that are no multiple of its item size");
+  }
 }
 
 }  // namespace
@@ -180,6 +179,13 @@ int size_of(DType dtype) {
   return sizes[static_cast<int>(dtype)];
 }
 
+DType dtype_named(const std::string& name) {
+  for (int i = 0; i < static_cast<int>(DType::kOther); ++i) {
+    if (name == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
+  }
+  return DType::kOther;
+}
+
 int64_t TensorView::numel() const {
   int64_t n = 1;
   for (int d = 0; d < ndim; ++d) n *= shape[d];
@@ -187,7 +193,7 @@ int64_t TensorView::numel() const {
 }
 
 bool TensorView::contiguous_from(int first) const {
-  if (numel() == 0) return true;  // whose strides may be anything
+  if (numel() == 0) return true;  // the strides of an empty tensor are arbitrary
   int64_t stride = 1;
   for (int d = ndim - 1; d >= first; --d) {
     if (shape[d] != 1 && strides[d] != stride) return false;
@@ -196,14 +202,15 @@ bool TensorView::contiguous_from(int first) const {
   return true;
 }
 
-TensorView view_anywhere(py::handle object, const char* name) {
+TensorView view(py::handle object, const char* name) {
   TensorView v;
   const Torch& torch = torch_module();
   v.is_tensor = torch.tensor_type != nullptr && PyObject_TypeCheck(object.ptr(), torch.tensor_type);
   if (v.is_tensor) {
-    const bool plain = Py_TYPE(object.ptr()) == torch.tensor_type;  // a subclass may wrap another
+    // A subclass may wrap another tensor, so it is read by its attributes.
+    const bool exact = Py_TYPE(object.ptr()) == torch.tensor_type;
     const bool exchanged =
-        plain && torch.exchange != nullptr && from_exchange(*torch.exchange, object, v);
+        exact && torch.exchange != nullptr && from_exchange(*torch.exchange, object, v);
     if (!exchanged) from_attributes(object, name, v);
   } else {
     from_buffer(object, name, v);
@@ -211,31 +218,25 @@ TensorView view_anywhere(py::handle object, const char* name) {
   return v;
 }
 
-TensorView view(py::handle object, const char* name) {
-  const TensorView v = view_anywhere(object, name);
-  if (v.device != TensorView::kCpu) {
-    throw py::value_error(std::string(name) + " must be on the CPU, like the replay");
-  }
-  return v;
+void throw_dtype(const char* name, const std::string& expected, DType dtype) {
+  throw py::type_error(std::string(name) + " must be " + expected + ", not " + name_of(dtype));
+}
+
+void throw_shape(const char* name, const std::string& expected, const TensorView& v) {
+  throw py::value_error(std::string(name) + " must have shape " + expected + ", not " +
+                        to_string(v.shape, v.ndim));
+}
+
+void throw_not_writable(const char* name) {
+  throw py::value_error(std::string(name) + " must be writable");
 }
 
 void check_1d(const TensorView& v, const char* name, DType dtype, int64_t n) {
-  if (v.dtype != dtype) {
-    throw py::type_error(std::string(name) + " must be " + name_of(dtype) + ", not " +
-                         name_of(v.dtype));
-  }
+  if (v.dtype != dtype) throw_dtype(name, name_of(dtype), v.dtype);
   if (v.ndim != 1 || (n >= 0 && v.shape[0] != n)) {
-    throw py::value_error(std::string(name) + " must have shape (" +
-                          (n >= 0 ? std::to_string(n) : std::string("n")) + ",), not " +
-                          to_string(v.shape, v.ndim));
+    throw_shape(name, n >= 0 ? to_string(&n, 1) : std::string("(n,)"), v);
   }
   if (!v.contiguous_from(0)) throw py::value_error(std::string(name) + " must be contiguous");
-}
-
-TensorView view_1d(py::handle object, const char* name, DType dtype, int64_t n) {
-  const TensorView v = view(object, name);
-  check_1d(v, name, dtype, n);
-  return v;
 }
 
 py::object empty_1d(int64_t n, DType dtype, py::handle device) {

@@ -122,6 +122,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
 constexpr unsigned cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1;
+constexpr unsigned cudaEventRecordExternal = 1, cudaEventWaitExternal = 1;
 constexpr unsigned cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
 
 namespace emulation {
@@ -149,22 +150,42 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureS
   *status = is_captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                            unsigned long long* id) {
+  const emulation::Graph* const graph = emulation::stream_of(stream).graph;
+  if (graph != nullptr) *id = graph->id;
+  return cudaStreamIsCapturing(stream, status);
+}
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return *event = new std::shared_ptr<bool>(new bool(true)), cudaSuccess;
 }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
+// In a capture, external records and waits become nodes: each launch records the event anew, and
+// waits for its last record before the launch.
+inline cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle,
+                                            unsigned flags) {
+  const auto record = [event](emulation::Stream& stream) {
+    const std::shared_ptr<bool> is_done(new bool(false));
+    *event = is_done;
+    emulation::enqueue(stream, [is_done] { *is_done = true; });
+  };
   emulation::Stream& stream = emulation::stream_of(handle);
-  if (stream.graph != nullptr) return emulation::failed(cudaErrorStreamCaptureUnsupported);
-  const std::shared_ptr<bool> is_done(new bool(false));
-  *event = is_done;
-  return emulation::enqueue(stream, [is_done] { *is_done = true; }), cudaSuccess;
+  if (stream.graph == nullptr) return record(stream), cudaSuccess;
+  if (flags != cudaEventRecordExternal) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  return stream.graph->nodes.push_back(record), cudaSuccess;
 }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return cudaEventRecordWithFlags(event, stream, 0);
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned flags) {
+  const auto wait = [event](emulation::Stream& stream) {
+    const std::shared_ptr<bool> is_done = *event;
+    emulation::enqueue(stream, [] {}, [is_done] { return *is_done; });
+  };
   emulation::Stream& stream = emulation::stream_of(handle);
-  if (stream.graph != nullptr) return emulation::failed(cudaErrorStreamCaptureUnsupported);
-  const std::shared_ptr<bool> is_done = *event;
-  return emulation::enqueue(stream, [] {}, [is_done] { return *is_done; }), cudaSuccess;
+  if (stream.graph == nullptr) return wait(stream), cudaSuccess;
+  if (flags != cudaEventWaitExternal) return emulation::failed(cudaErrorStreamCaptureUnsupported);
+  return stream.graph->nodes.push_back(wait), cudaSuccess;
 }
 inline cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (emulation::is_forbidden()) return emulation::failed(cudaErrorStreamCaptureUnsupported);
@@ -253,16 +274,24 @@ EMULATION_API int64_t emulation_waits() { return emulation::streams.waits; }
 EMULATION_API int64_t emulation_launches() { return emulation::streams.launches; }
 EMULATION_API void* emulation_capture(void* stream) {
   ++emulation::streams.captures;
-  auto* const graph = new emulation::Graph;
+  auto* const graph = new emulation::Graph{++emulation::streams.capture_ids, {}};
   return emulation::stream_of(static_cast<cudaStream_t>(stream)).graph = graph;
 }
-EMULATION_API void emulation_end_capture(void* stream) {
+// Makes another stream part of the capture of `stream`, as an event that it waits for would.
+EMULATION_API void emulation_fork(void* stream, void* other) {
+  emulation::stream_of(static_cast<cudaStream_t>(other)).graph =
+      emulation::stream_of(static_cast<cudaStream_t>(stream)).graph;
+}
+EMULATION_API void emulation_end_capture(void* handle) {
   --emulation::streams.captures;
-  emulation::stream_of(static_cast<cudaStream_t>(stream)).graph = nullptr;
+  const auto* const graph = emulation::stream_of(static_cast<cudaStream_t>(handle)).graph;
+  for (const auto& stream : emulation::streams.all) {
+    if (stream->graph == graph) stream->graph = nullptr;
+  }
 }
 EMULATION_API void emulation_replay(void* graph, void* stream) {
-  for (const auto& run : *static_cast<emulation::Graph*>(graph)) {
-    emulation::enqueue(emulation::stream_of(static_cast<cudaStream_t>(stream)), run);
+  for (const auto& enqueue : static_cast<emulation::Graph*>(graph)->nodes) {
+    enqueue(emulation::stream_of(static_cast<cudaStream_t>(stream)));
   }
 }
 EMULATION_API void emulation_free(void* graph) { delete static_cast<emulation::Graph*>(graph); }

@@ -2,7 +2,8 @@
 //
 //   stream    a queue of tasks: grids, copies, event records, waits for events
 //   event     a flag that its last record sets when the stream gets there
-//   graph     a list of grids, filled while a stream is captured
+//   graph     a list of grids, external event records and external waits, filled while a stream is
+//             captured; a launch enqueues them
 //
 // Nothing runs when it is enqueued. Tasks run late, in the order of their stream and, between
 // streams, in any order that the events allow: either because later work was enqueued (a few at
@@ -29,7 +30,12 @@ struct Task {
   std::function<void()> run;
 };
 
-using Graph = std::vector<std::function<void()>>;
+struct Stream;
+
+struct Graph {
+  uint64_t id;                                      // of its capture
+  std::vector<std::function<void(Stream&)>> nodes;  // each enqueues itself on a stream
+};
 
 struct Stream {
   std::deque<Task> tasks;
@@ -40,10 +46,11 @@ struct Stream {
 struct Streams {
   std::vector<std::unique_ptr<Stream>> all;
   std::mt19937 random{2};
-  int captures = 0;         // in progress
-  bool is_relaxed = false;  // the capture mode of this thread
-  int64_t waits = 0;        // of the host for work that was not done yet
-  int64_t launches = 0;     // of kernels, captured ones included
+  int captures = 0;          // in progress
+  uint64_t capture_ids = 0;  // given out
+  bool is_relaxed = false;   // the capture mode of this thread
+  int64_t waits = 0;         // of the host for work that was not done yet
+  int64_t launches = 0;      // of kernels, captured ones included
 };
 inline Streams streams;
 
@@ -105,7 +112,7 @@ void launch_grid(void (*kernel)(Parameters...), dim3 grid, int threads, Stream* 
   Stream& stream = stream_of(handle);
   ++streams.launches;
   if (stream.graph != nullptr) {
-    stream.graph->push_back(run);
+    stream.graph->nodes.push_back([run](Stream& where) { enqueue(where, run); });
   } else {
     enqueue(stream, run);
   }
