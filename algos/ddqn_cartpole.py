@@ -3,7 +3,7 @@
     y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-)
 
 DQN's max over noisy estimates is biased upwards: an action is chosen because it is overestimated.
-Here theta chooses the action and theta^- evaluates it, so one network's error is not counted twice.
+Here theta chooses the action and theta^- evaluates it: an error of theta does not also raise y.
 
 Parent: dqn_cartpole.py. What changes: two lines of td_loss.
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 
 @dataclass
-class Args:  # of the algorithm; RunArgs, below the line, adds --device, --resume and the like
+class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume and so on
     env_id: str = "CartPole-v1"  # any environment with vector observations and discrete actions
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
 
 class Replay:
-    """The newest `capacity` transitions, one column per field of Batch, in a ring buffer."""
+    """A ring buffer of at most `capacity` transitions, one column per field of Batch."""
 
     def __init__(self, capacity: int, obs_size: int, device: torch.device):
         self.capacity, self.next, self.size = capacity, 0, 0  # next: the row to write next
@@ -66,7 +66,7 @@ class Replay:
     def add(self, *transitions: np.ndarray) -> None:
         """Store n transitions, given as the fields of a Batch with n rows each."""
         n = len(transitions[0])
-        self.next = 0 if self.next + n > self.capacity else self.next  # replaces the oldest
+        self.next = 0 if self.next + n > self.capacity else self.next  # wrap around
         for column, new in zip(self.columns, transitions):
             column[self.next : self.next + n] = torch.from_numpy(new)
         self.next += n
@@ -93,7 +93,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """The loss of a batch, a scalar; its TD errors, for prioritized replay, and Q(s, a), (B,)."""
+    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-)
         next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)
@@ -171,6 +171,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -191,7 +192,7 @@ class RunArgs(Args):
     exp_name: str = Path(__file__).stem  # part of the name of the run's folder under `runs/`
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; `auto`: the GPU if any
     torch_threads: int = 1  # CPU threads of torch; 0 leaves torch's own choice
-    compile: bool = False  # torch.compile the loss (needs a C++ compiler; takes 30 s at the start)
+    compile: bool = False  # torch.compile the loss (needs a C++ compiler; 30 s at the first update)
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
     wandb_project_name: str = "cleanq"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
@@ -200,31 +201,33 @@ class RunArgs(Args):
     eval_frequency: int = 20_000  # environment steps between two evaluations; 0: only the last one
     eval_episodes: int = 100  # episodes per evaluation; 0: no evaluation
     eval_e: float = 0.0  # epsilon while evaluating
-    eval_max_steps: int = 10_000  # an evaluated episode is cut here if its environment has no limit
+    eval_max_steps: int = 10_000  # longest evaluated episode if the environment sets no limit
     stop_return: float | None = None  # stop when the mean of the last 100 episodes reaches this
     checkpoint_frequency: int = 50_000  # environment steps between checkpoints; 0: only the last
-    checkpoint_replay: bool = False  # save the replay too: a resumed run goes on bit for bit
-    resume: str | None = None  # checkpoint to go on from; its arguments hold unless given anew
+    checkpoint_replay: bool = False  # save the replay too: a resumed run is bit-identical on a CPU
+    resume: str | None = None  # checkpoint to go on from; its arguments apply unless given again
     evaluate: str | None = None  # checkpoint to evaluate; nothing is trained
 
 
 VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
+FRAMES_PER_SECOND = 30  # of a film
 FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
 
 
 class Environments:
-    """Environments stepped in turn. A new episode starts only where `reset` is told to start one.
+    """Environments stepped in turn. `step` never resets; `reset(over)` does, where told to.
 
-    An episode is determined by its seed and its actions: a checkpoint holds both and replays them.
+    In a deterministic environment an episode follows from its seed and its actions: a checkpoint
+    holds both and plays them again.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed, **options):
         self.envs = [gym.make(env_id, disable_env_checker=True, **options) for _ in range(num_envs)]
         space, actions = self.envs[0].observation_space, self.envs[0].action_space
         if not isinstance(actions, gym.spaces.Discrete):
-            raise ValueError(f"it has {type(actions).__name__} actions; DQN needs Discrete ones.")
+            raise ValueError(f"it has {type(actions).__name__} actions; DQN needs Discrete ones")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.shape[0]:
-            raise ValueError(f"it observes {space}; this file needs a vector of numbers.")
+            raise ValueError(f"it observes {space}; this file needs a vector of numbers")
         self.obs_size, self.n_actions = space.shape[0], int(actions.n)
         self.first_action = int(actions.start)  # the network's action 0
         self.env_id, self.num_envs, self.rng = env_id, num_envs, np.random.default_rng(seed)
@@ -238,12 +241,15 @@ class Environments:
         if over is not None and over.any():
             self.obs = self.obs.copy()
             for i in np.flatnonzero(over):
-                self.seeds[i], self.returns[i], self.actions[i] = self.new_seed(), 0.0, []
-                self.obs[i] = self.envs[i].reset(seed=self.seeds[i])[0]
+                seed = int(self.rng.integers(2**31))
+                self.seeds[i], self.returns[i], self.actions[i] = seed, 0.0, []
+                self.obs[i] = self.envs[i].reset(seed=seed)[0]
+            self.check_finite(self.obs.sum())
         return self.obs
 
-    def new_seed(self) -> int:
-        return int(self.rng.integers(2**31))
+    def check_finite(self, total: float) -> None:
+        if not np.isfinite(total):
+            sys.exit(f"error: {self.env_id} returned a NaN or infinite observation or reward.")
 
     def step(self, actions: np.ndarray):
         """-> next_obs (n, D), rewards (n,) float32, terminations, truncations (n,) bool, infos
@@ -259,8 +265,7 @@ class Environments:
             self.returns[i] += float(reward)
             if terminated or truncated:
                 episodes.append((i, self.returns[i], len(self.actions[i])))
-        if not np.isfinite(obs.sum() + rewards.sum()):
-            sys.exit(f"error: {self.env_id} returned NaN or infinity; the last checkpoint is kept.")
+        self.check_finite(obs.sum() + rewards.sum())
         self.obs = obs
         return obs, rewards, terminations, truncations, {"episodes": episodes}
 
@@ -282,15 +287,15 @@ def make_envs(env_id: str, num_envs: int, seed, **options) -> Environments:
     try:
         return Environments(env_id, num_envs, seed, **options)
     except Exception as e:  # gymnasium raises many kinds: unknown ids, missing packages
-        reason = str(e).strip().split("\n")[0]
-        sys.exit(f"error: --env-id {env_id}: {reason} Atari games run in dqn_atari.py.")
+        reason = str(e).strip().split("\n")[0].rstrip(".")
+        sys.exit(f"error: --env-id {env_id}: {reason}. (Atari games: dqn_atari.py.)")
 
 
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
     """Play whole episodes -> their unclipped returns, and the actions of the first, for a film."""
     n, rng = min(args.eval_episodes, 10), np.random.default_rng(seed)
     returns, first_episode, filming = [], [], True
-    limit = gym.spec(args.env_id).max_episode_steps
+    limit = make_envs(args.env_id, 1, seed).envs[0].spec.max_episode_steps
     envs = make_envs(args.env_id, n, seed, max_episode_steps=limit or args.eval_max_steps)
     obs, cut = envs.reset(), 0
     # Each lane plays its share of the episodes, so that short ones do not count more often.
@@ -311,15 +316,14 @@ def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
     return np.array(returns), first_episode
 
 
-def film(args: RunArgs, seed, actions: list) -> tuple[list, int]:
-    """The pictures of an evaluation's first episode, played again, and how many to a second."""
+def film(args: RunArgs, seed, actions: list):
+    """Play an evaluation's first episode again and yield its pictures, (H, W, 3) uint8."""
     envs = make_envs(args.env_id, 1, seed, render_mode="rgb_array")
     envs.reset()
-    pictures = [envs.envs[0].render()]
+    yield envs.envs[0].render()
     for action in actions:
         envs.step(np.array([action]))
-        pictures.append(envs.envs[0].render())
-    return pictures, 30
+        yield envs.envs[0].render()
 
 
 def prepare_torch(args: RunArgs) -> torch.device:
@@ -347,7 +351,7 @@ class Run:
         self.rng = np.random.default_rng(args.seed)
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
-        self.stop = []  # filled by Ctrl-C, which lets the current step end; a second one exits
+        self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.on_signal)
@@ -367,6 +371,8 @@ class Run:
             sys.exit(f"error: the checkpoint does not fit these arguments ({reason or repr(e)}).")
         self.seconds_before, self.started = self.saved.get("seconds", 0.0), time.time()
         self.saved = {}  # frees a saved replay
+        if self.args.capture_video and not can_film(self.args):
+            sys.exit(f"error: --capture-video: {self.args.env_id} renders no pictures.")
         if not self.args.evaluate:
             self.open_log()
 
@@ -382,6 +388,8 @@ class Run:
                 for column, rows in zip(self.replay.columns, columns, strict=True):
                     column[: self.replay.size] = rows
             self.envs.load_state_dict(saved["envs"])
+            for group in self.learner["optimizer"].param_groups:
+                group["lr"] = self.args.learning_rate  # it may have been given again
             self.rng.bit_generator.state = saved["rng"]
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and "cuda_rng" in saved:
@@ -390,7 +398,7 @@ class Run:
     def save(self) -> bool:
         state = {name: part.state_dict() for name, part in self.learner.items()}
         if not all(x.isfinite().all() for x in state["q_network"].values()):
-            sys.exit("error: a weight is NaN or infinite; the last checkpoint is kept.")
+            sys.exit("error: a weight is NaN or infinite.")
         if self.args.checkpoint_replay:
             columns = [column[: self.replay.size].cpu() for column in self.replay.columns]
             state["replay"] = (self.replay.next, self.replay.size, columns)
@@ -407,71 +415,79 @@ class Run:
     def open_log(self) -> None:
         args = self.args
         name = (args.env_id.replace("/", "-"), args.exp_name, args.seed, time.time_ns() // 10**6)
-        new = Path("runs") / "__".join(map(str, name))
-        self.folder = Path(args.resume).parent if args.resume else new
+        run_name = "__".join(map(str, name))
+        self.folder = Path(args.resume).parent if args.resume else Path("runs") / run_name
         if args.track:
             import wandb
 
-            project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            wandb.init(**project, config=asdict(args), name=self.folder.name, sync_tensorboard=True)
-        # A failed write of the log is raised again by the next call; its thread need not report it.
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            try:
+                wandb.init(**where, name=run_name, config=asdict(args), sync_tensorboard=True)
+            except Exception as e:
+                sys.exit(f"error: --track: {str(e).strip().splitlines()[0]}")
+        # The next call raises a failed write of the log again: hide the thread's own traceback.
         threading.excepthook = lambda e: (
             None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
         )
         try:
-            self.writer = SummaryWriter(str(self.folder))
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.step or None)
         except OSError as e:
-            sys.exit(f"error: cannot write to {self.folder} ({e.strerror}); start elsewhere.")
+            sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         self.write("add_text", "hyperparameters", f"|argument|value|\n|-|-|\n{table}")
         print(f"{args.exp_name}: {args.env_id}, all in {self.folder}", flush=True)
-        wait = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants fewer lines
-        total = args.total_timesteps
-        self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=wait)
+        total, interval = args.total_timesteps, 0.2 if sys.stderr.isatty() else 30  # seconds
+        self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=interval)
 
     def steps(self):
-        """Yield the number of steps taken so far; between two iterations do what is due."""
+        """Yield the number of steps taken so far; save and evaluate between two iterations."""
         args = self.args
         if args.evaluate:
             return self.evaluate()
         try:
             while self.step < args.total_timesteps and not self.stop and not self.is_solved():
                 yield self.step
+                save, evaluate = map(self.due, (args.checkpoint_frequency, args.eval_frequency))
                 self.step += args.num_envs
                 self.bar.update(args.num_envs)
                 if self.step < args.total_timesteps:
-                    if self.crossed(args.eval_frequency):
-                        self.evaluate()
-                    if self.crossed(args.checkpoint_frequency):
+                    if save:
                         self.save()
+                    if evaluate:
+                        self.evaluate()
             self.finish()
+        except GeneratorExit:  # the loop was left by an error
+            path = self.folder / "checkpoint.pt"
+            if path.exists():
+                tqdm.write(f"The last checkpoint is {path}.", file=sys.stderr)
+            raise
         finally:
             self.bar.close()
             self.write("close")
 
     def due(self, every: int) -> int:
-        """How many multiples of `every` this iteration's num_envs steps reach: 0, 1 or more."""
-        return (self.step + self.args.num_envs) // every - self.step // every
-
-    def crossed(self, every: int) -> bool:
-        """Whether the last iteration reached a multiple of `every`; never if that is 0."""
-        return every > 0 and self.step // every > (self.step - self.args.num_envs) // every
+        """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
+        return (self.step + self.args.num_envs) // every - self.step // every if every else 0
 
     def is_solved(self) -> bool:
         goal, returns = self.args.stop_return, self.returns
         return goal is not None and len(returns) == 100 and np.mean(returns) >= goal
 
     def finish(self) -> None:
-        """The last evaluation and checkpoint, and how to go on if steps are left."""
-        unfinished = self.step < self.args.total_timesteps and not self.is_solved()
-        if not unfinished:
-            self.evaluate()
+        """The last checkpoint and evaluation, and how to go on if steps are left."""
         self.bar.close()
-        if not self.save():
-            sys.exit(1)
-        if unfinished:
+        if self.step == self.first_step and not self.stop:
+            print("no step was trained: raise --total-timesteps, or change --stop-return")
+        elif self.is_solved():
+            print(f"the last 100 episodes reached --stop-return {self.args.stop_return}")
+        saved = self.save()
+        if self.step >= self.args.total_timesteps or self.is_solved():
+            self.evaluate()
+        elif saved:
             command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
             print("go on with: python", shlex.join(command))
+        if not saved:
+            sys.exit(1)
 
     def log(self, episodes: list, epsilon: float, loss, q_values, **figures) -> None:
         """Write what CleanRL's dashboards show. Tensors are reduced to their mean, when logged."""
@@ -488,10 +504,8 @@ class Run:
             figures["charts/mean_return_100"] = np.mean(self.returns)
         figures = {k: torch.as_tensor(x).mean().item() for k, x in figures.items() if x is not None}
         if not np.isfinite(figures.get("losses/td_loss", 0.0)):
-            sys.exit(
-                "error: the loss is not finite; the last checkpoint is kept. Try a smaller "
-                f"--learning-rate (it is {args.learning_rate})."
-            )
+            rate = args.learning_rate
+            sys.exit(f"error: the loss is not finite; try a --learning-rate below {rate}.")
         self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
         figures["charts/SPS"] = (step - self.first_step) / seconds
         figures["charts/hours"] = (self.seconds_before + seconds) / 3600
@@ -505,7 +519,7 @@ class Run:
                 getattr(self.writer, what)(*values)
         except OSError as e:
             self.writer = None
-            tqdm.write(f"error: no more logs in {self.folder} ({e.strerror}); training goes on.")
+            tqdm.write(f"error: cannot log to {self.folder} ({e.strerror}); training continues.")
 
     def evaluate(self) -> None:
         """Play episodes of new seeds, which follow from --seed and the step; film the first."""
@@ -518,31 +532,42 @@ class Run:
         q_network.train()
         if self.stop:
             return tqdm.write(f"evaluation stopped after {len(returns)} episodes")
-        told = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
-        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {told}")
+        score = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
+        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {score}")
         if not args.evaluate:
             self.write("add_scalar", "eval/episodic_return", returns.mean(), self.step)
         if args.capture_video:
             folder = Path(args.evaluate).parent if args.evaluate else self.folder
-            save_film(folder / "videos", f"step-{self.step}", *film(args, seed, actions))
+            save_film(folder / f"videos/step-{self.step}.mp4", film(args, seed, actions))
 
 
-def save_film(folder: Path, name: str, pictures: list, fps: int) -> None:
-    """Write an mp4 file of a new name."""
-    from moviepy import ImageSequenceClip
+def can_film(args: RunArgs) -> bool:
+    try:
+        return next(film(args, 0, [])) is not None
+    except Exception:
+        return False
 
-    path = folder / f"{name}.mp4"
+
+def save_film(path: Path, pictures) -> None:
+    """Write an mp4 file; if there is one of this name, under another."""
     while path.exists():
         path = path.with_stem(path.stem + "-again")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        ImageSequenceClip(pictures, fps=fps).write_videofile(str(path), logger=None)
-    except OSError as e:
-        tqdm.write(f"error: {path} not written ({e.strerror or 'ffmpeg failed'})")
+        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = None
+        for picture in pictures:
+            size = picture.shape[1], picture.shape[0]
+            writer = writer or FFMPEG_VideoWriter(str(path), size, FRAMES_PER_SECOND)
+            writer.write_frame(picture)
+        writer.close()
+    except Exception as e:  # a film is not worth a training
+        tqdm.write(f"error: {path} not written ({str(e).strip().splitlines()[0]})")
 
 
 def save_checkpoint(path: Path, state: dict) -> bool:
-    """Write whole or not at all: the new file replaces the old one once it is on the disk."""
+    """Write atomically: the new file replaces the old one once it is on the disk."""
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
@@ -569,13 +594,15 @@ def load_checkpoint(path: str, verify: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {state['script']}.py")
-        for field in fields(RunArgs):
-            value, default = state["args"][field.name], field.default
-            if default is not None and type(value) is not type(default):
-                raise ValueError(f"its {field.name} is {value!r}")
-        for name, kind in (("global_step", int), ("recent_returns", list), ("seconds", float)):
-            if not isinstance(state[name], kind):
-                raise ValueError(f"its {name} is {state[name]!r}")
+        expected = asdict(RunArgs()) | {"global_step": 0, "seconds": 0.0, "recent_returns": []}
+        found = state["args"] | {name: state[name] for name in [*expected][-3:]}
+        if expected.keys() != found.keys():
+            raise ValueError(f"other arguments: {', '.join(expected.keys() ^ found.keys())}")
+        for name, default in expected.items():
+            if default is not None and type(found[name]) is not type(default):
+                raise ValueError(f"its {name} is {found[name]!r}")
+        if found["global_step"] < 0 or {type(x) for x in found["recent_returns"]} - {float}:
+            raise ValueError("its step or its returns are damaged")
         return state
     except FileNotFoundError:
         sys.exit(f"error: no checkpoint at {path}; look for runs/<run>/checkpoint.pt.")
@@ -608,12 +635,12 @@ def parse_args() -> RunArgs:
         sys.exit("error: give --resume or --evaluate, not both.")
     checkpoint = load_checkpoint(path, verify=False)  # Run verifies it
     saved = checkpoint["args"]
-    if args.evaluate:  # takes over what defines the agent: not the saved run's logs or hardware
+    if args.evaluate:  # keep the agent's arguments, not those of the logs and the hardware
         algorithm = {field.name for field in fields(Args)}
         saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith("eval_")}
     args = tyro.cli(RunArgs, args=words, default=RunArgs(**saved))
     if args.evaluate:  # nothing is stored or learned
-        args.buffer_size, args.learning_starts = 2_000 * args.num_envs, 2_000 * args.num_envs
+        args.buffer_size = args.learning_starts = 1_100 * args.num_envs
         args.batch_size, args.eval_episodes = 1, args.eval_episodes or RunArgs.eval_episodes
         return args
     fixed = ("env_id", "num_envs") + (FIXED_WITH_REPLAY if "replay" in checkpoint else ())
@@ -636,13 +663,14 @@ def check_args(args: RunArgs) -> None:
     or_zero = ("seed", "torch_threads", "eval_frequency", "eval_episodes", "checkpoint_frequency")
     positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
     positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
+    positive += ("log_frequency", "eval_max_steps")
     for name, value in asdict(args).items():
         if name in fractions:
             must(name, "between 0 and 1", 0 <= value <= 1)
         elif name in or_zero:
-            must(name, "0 or more", 0 <= value < 2**63)
-        elif name in positive or name in ("log_frequency", "eval_max_steps"):
-            must(name, "positive", 0 < value < 2**63)
+            must(name, "0 or more, and below 2**63", 0 <= value < 2**63)
+        elif name in positive:
+            must(name, "positive, and below 2**63", 0 < value < 2**63)
         elif isinstance(value, float):
             must(name, "a finite number", np.isfinite(value))
     for rule in args.rules() if hasattr(args, "rules") else ():  # of a child: declared in Args
@@ -652,7 +680,9 @@ def check_args(args: RunArgs) -> None:
     must("device", "cpu or auto where torch finds no GPU", on_gpu)
     for package, flag in (*((x, "capture_video") for x in VIDEO_PACKAGES), ("wandb", "track")):
         holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
-        must(flag, f"left out, or run `pip install {package}` first", holds)
+        must(flag, f"off where {package} is missing: pip install {package}", holds)
+    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+    must("compile", "off where there is no C++ compiler", compiler or not args.compile)
     check_replay_args(args, must)
 
 
@@ -661,9 +691,9 @@ def check_replay_args(args: RunArgs, must) -> None:
     must("buffer_size", f"at least --num-envs, {args.num_envs}", args.buffer_size >= args.num_envs)
     stored = args.buffer_size // args.num_envs * args.num_envs
     for name in ("learning_starts", "batch_size"):
-        must(name, f"at most {stored}, --buffer-size", getattr(args, name) <= stored)
+        must(name, f"at most {stored}, what --buffer-size holds", getattr(args, name) <= stored)
     fits = free_memory() // 100 // 1_000 * 1_000  # 100 bytes a transition: 10 numbers in a vector
-    must("buffer_size", f"at most {fits} in this memory", args.buffer_size <= fits)
+    must("buffer_size", f"at most {fits} to fit into memory", args.buffer_size <= fits)
 
 
 def free_memory() -> int:
@@ -684,6 +714,7 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed from the start
+        self.stream.reconfigure(errors="replace")  # what it cannot encode
 
     def __getattr__(self, name: str):
         def attempt(*args):

@@ -13,7 +13,7 @@ Deviations from the paper:
 1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp; PyTorch's default initialisation; the
    last convolution is flattened by row, column, channel, which only orders the weights.
 2. 10M agent steps of 4 frames (paper: 50M). Epsilon ends at 0.01 (paper: 0.1) and is 0.01 in
-   evaluation (paper: 0.05); evaluated games last up to 30 minutes (paper: 5).
+   evaluation (paper: 0.05); games last up to 30 minutes (paper, evaluation: 5).
 3. theta^- lives 1,000 agent steps, which are 250 updates (paper: 10,000 updates).
 4. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
 
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 
 @dataclass
-class Args:  # of the algorithm; RunArgs, below the line, adds --device, --resume and the like
+class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume and so on
     env_id: str = "BreakoutNoFrameskip-v4"  # any Atari game; ALE/Pong-v5 has sticky actions
     num_envs: int = 8  # games played in parallel
     seed: int = 1  # of the games, the network, exploration and replay
@@ -57,8 +57,8 @@ class Batch(NamedTuple):  # k <= n_step: an episode may end before n steps
     rewards: torch.Tensor  # r_0 + gamma r_1 + ... + gamma^(k-1) r_(k-1), (B,) float32
     next_obs: torch.Tensor  # s', k steps later, as obs
     discounts: torch.Tensor  # gamma^k, or 0 where s' is terminal, (B,) float32
-    indices: torch.Tensor  # rows of the replay, (B,) int64: for prioritized replay, as are the
-    is_weights: torch.Tensor  # importance-sampling weights, (B,) float32, 1 if uniform
+    indices: torch.Tensor  # rows of the replay, (B,) int64; for prioritized replay
+    is_weights: torch.Tensor  # importance-sampling weights, (B,) float32; 1 if uniform
 
 
 class QNetwork(nn.Module):
@@ -85,7 +85,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """The loss of a batch, a scalar; its TD errors, for prioritized replay, and Q(s, a), (B,)."""
+    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma^k max_a' Q(s', a'; theta^-)
         next_q_values = target_network(batch.next_obs).max(dim=1).values  # (B,)
@@ -119,7 +119,7 @@ def main(args: Args) -> None:
     q_network = QNetwork(envs.n_actions).to(run.device)
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
-    replay = make_replay(args, run.device)  # keeps each frame once; sample() builds the stacks
+    replay = make_replay(args, run.device, n_step=args.n_step)  # stores each frame once
     learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     run.start(learner, replay, envs)  # what a checkpoint holds; --resume loads it here
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
@@ -144,7 +144,7 @@ def main(args: Args) -> None:
                 for p_target, p in zip(target_network.parameters(), q_network.parameters()):
                     p_target.data.lerp_(p.data, args.tau)
         # ---- 5. store: one frame a game, the newest of 4; the replay stacks them and finds s' ----
-        next_obs, rewards, terminations, _, infos = envs.recv()  # truncated: s' keeps its value
+        next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
 
@@ -152,8 +152,8 @@ def main(args: Args) -> None:
 
 
 # ==================================================================================================
-# End of DQN. Below: first the replay of single frames, half of the lesson on Atari; then the games,
-# logs, evaluation, checkpoints and speed. All of it is the same in every *_atari.py.
+# End of DQN. Below: first the replay of frames, half of what Atari adds; then the games, logs,
+# evaluation, checkpoints and speed. All of it is the same in every *_atari.py.
 # ==================================================================================================
 
 import contextlib
@@ -162,6 +162,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -188,10 +189,10 @@ class RunArgs(Args):
     exp_name: str = Path(__file__).stem  # part of the name of the run's folder under `runs/`
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; `auto`: the GPU if any
     torch_threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
-    # the NumPy class below or fastreplay's, on the CPU or GPU; `auto` takes the best that is built
+    # FrameReplay in NumPy, or fastreplay's on the CPU or GPU; `auto` takes the best that is built
     buffer: Literal["auto", "numpy", "cpp", "cuda"] = "auto"
     bfloat16: bool = False  # compute the features in bfloat16; weights and optimiser stay float32
-    compile: bool = False  # torch.compile the loss (needs a C++ compiler; takes 30 s at the start)
+    compile: bool = False  # torch.compile the loss (needs a C++ compiler; 30 s at the first update)
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
     wandb_project_name: str = "cleanq"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
@@ -202,12 +203,13 @@ class RunArgs(Args):
     eval_e: float = 0.01  # epsilon while evaluating
     stop_return: float | None = None  # stop when the mean of the last 100 games reaches this
     checkpoint_frequency: int = 100_000  # agent steps between checkpoints; 0: only the last
-    checkpoint_replay: bool = False  # save the replay too: a resumed run goes on bit for bit
-    resume: str | None = None  # checkpoint to go on from; its arguments hold unless given anew
+    checkpoint_replay: bool = False  # save the replay too: a resumed run is bit-identical on a CPU
+    resume: str | None = None  # checkpoint to go on from; its arguments apply unless given again
     evaluate: str | None = None  # checkpoint to evaluate; nothing is trained
 
 
 VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
+FRAMES_PER_SECOND = 15  # of a film: an agent step is 4 of 60 frames
 FIXED_WITH_REPLAY = ("buffer", "buffer_size", "gamma", "n_step")  # what a saved replay depends on
 BYTES_PER_ROW = 84 * 84 + 14  # of the replay
 
@@ -345,9 +347,9 @@ class FrameReplay:
         self.head, self.size, self.rng = head, size, rng
 
 
-def make_replay(args: RunArgs, device: torch.device):
+def make_replay(args: RunArgs, device: torch.device, **options):
     """The class above, or fastreplay's, which does the same faster. Batches come to `device`."""
-    options = {"n_step": args.n_step, "gamma": args.gamma, "seed": args.seed}
+    options |= {"gamma": args.gamma, "seed": args.seed}
     if args.buffer == "numpy":
         return FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options, device=device)
     # Stacks come scaled, in the layout that the convolutions want.
@@ -364,11 +366,11 @@ def make_replay(args: RunArgs, device: torch.device):
 
 
 class Features(nn.Sequential):
-    """nn.Sequential with the same parameters, computed as the device does it fastest.
+    """nn.Sequential with the same parameters, computed the fastest way on each device.
 
     Images are channels-last; with --bfloat16 the layers compute in bfloat16 and the result is
     converted back. The first Linear takes the image flattened by row, column, channel, as it lies
-    in memory; in float32 on a CPU it runs as a convolution of the image's size (8% faster).
+    in memory; in float32 on a CPU it runs as a convolution of the image's size.
     """
 
     bfloat16 = False  # --bfloat16
@@ -401,7 +403,7 @@ class Features(nn.Sequential):
 
 
 def scaled(obs: torch.Tensor) -> torch.Tensor:
-    """uint8 frames -> [0, 1]; fastreplay has scaled its own while it copied them."""
+    """uint8 frames -> [0, 1]; those of fastreplay are scaled already."""
     return obs / 255 if obs.dtype == torch.uint8 else obs
 
 
@@ -412,8 +414,8 @@ class Games(AtariVectorEnv):
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 
-    The emulator is deterministic, so a game is determined by its seed and its actions: a checkpoint
-    holds both and replays them. A new seed after some 5,000 steps keeps them few.
+    The emulator is deterministic, so a game follows from its seed and its actions: a checkpoint
+    holds both and plays them again. A new seed every 5,000 steps or so keeps them few.
     """
 
     def __init__(self, game: str, num_envs: int, seed, **options):
@@ -432,14 +434,14 @@ class Games(AtariVectorEnv):
         return self.obs, self.starts
 
     def replay_actions(self) -> None:
-        """Bring every game to where its seed and its actions lead."""
+        """Play the actions of every game again, from its seed."""
         self.obs, infos = super().reset(seed=self.seeds)
         longest = max(map(len, self.histories))
         for t in range(-longest, 1):  # shorter histories start later, so that all end together
-            now = np.array([len(history) == -t for history in self.histories])
-            if now.any():
-                options = {"reset_mask": now}
-                self.obs, infos = super().reset(seed=self.seeds[now], options=options)
+            first = np.array([len(history) == -t for history in self.histories])
+            if first.any():
+                options = {"reset_mask": first}
+                self.obs, infos = super().reset(seed=self.seeds[first], options=options)
             if t < 0:
                 actions = [history[t] if len(history) >= -t else 0 for history in self.histories]
                 super().send(np.array(actions))
@@ -453,9 +455,11 @@ class Games(AtariVectorEnv):
         super().send(actions)
 
     def recv(self):
-        """Wait for the step. `infos["episodes"]`: (game, return, length) of the games reset."""
+        """Wait for the step. `infos["episodes"]`: (game, return, length) of those just reset."""
         obs, rewards, terminations, truncations, infos = super().recv()
-        self.starts = infos["episode_frame_number"] <= self.frame_numbers  # it fell: a reset
+        self.starts = (
+            infos["episode_frame_number"] <= self.frame_numbers
+        )  # it did not rise: a reset
         self.returns += rewards
         self.lengths += ~self.starts
         over = np.flatnonzero(self.starts)
@@ -498,7 +502,7 @@ def make_envs(env_id: str, num_envs: int, seed, **options) -> Games:
         sys.exit(f"error: --env-id {env_id} is not an Atari game; try algos/dqn_cartpole.py.")
     names = ("game", "repeat_action_probability", "full_action_space", "max_num_frames_per_episode")
     options = {name: kwargs.pop(name) for name in names if name in kwargs} | options
-    if kwargs.pop("frameskip", 4) not in (1, 4) or kwargs:  # 1: left to a wrapper, which takes 4
+    if kwargs.pop("frameskip", 4) not in (1, 4) or kwargs:  # 1: a wrapper's; ours is 4
         game = re.sub(r"^ALE/|(NoFrameskip)?-v\d+$", "", env_id)
         sys.exit(
             f"error: --env-id {env_id} skips a random number of frames or has settings that are "
@@ -527,17 +531,16 @@ def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
     return np.array(returns), first_episode
 
 
-def film(args: RunArgs, seed, actions: list) -> tuple[list, int]:
-    """The pictures of an evaluation's first game, played again in colour, and how many a second."""
+def film(args: RunArgs, seed, actions: list):
+    """Play an evaluation's first game again in colour and yield its pictures, (210, 160, 3)."""
     colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
     envs = make_envs(args.env_id, 1, seed, **colour)
-    pictures = [envs.reset()[0][0, 0]]
+    yield envs.reset()[0][0, 0]
     for action in actions:
         obs, *_, infos = envs.step(np.array([action]))
         if infos["episode_starts"][0]:  # the next game
             break
-        pictures.append(obs[0, 0])
-    return pictures, 15  # 4 frames a step, 60 frames a second
+        yield obs[0, 0]
 
 
 def prepare_torch(args: RunArgs) -> torch.device:
@@ -566,7 +569,7 @@ class Run:
         self.rng = np.random.default_rng(args.seed)
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
-        self.stop = []  # filled by Ctrl-C, which lets the current step end; a second one exits
+        self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.on_signal)
@@ -586,6 +589,8 @@ class Run:
             sys.exit(f"error: the checkpoint does not fit these arguments ({reason or repr(e)}).")
         self.seconds_before, self.started = self.saved.get("seconds", 0.0), time.time()
         self.saved = {}  # frees a saved replay
+        if self.args.capture_video and not can_film(self.args):
+            sys.exit(f"error: --capture-video: {self.args.env_id} renders no pictures.")
         if not self.args.evaluate:
             self.open_log()
 
@@ -597,6 +602,8 @@ class Run:
             if "replay" in saved:
                 self.replay.load_state_dict(saved["replay"])
             self.envs.load_state_dict(saved["envs"])
+            for group in self.learner["optimizer"].param_groups:
+                group["lr"] = self.args.learning_rate  # it may have been given again
             self.rng.bit_generator.state = saved["rng"]
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and "cuda_rng" in saved:
@@ -605,7 +612,7 @@ class Run:
     def save(self) -> bool:
         state = {name: part.state_dict() for name, part in self.learner.items()}
         if not all(x.isfinite().all() for x in state["q_network"].values()):
-            sys.exit("error: a weight is NaN or infinite; the last checkpoint is kept.")
+            sys.exit("error: a weight is NaN or infinite.")
         if self.args.checkpoint_replay:
             state["replay"] = self.replay.state_dict()
         state |= {"envs": self.envs.state_dict(), "rng": self.rng.bit_generator.state}
@@ -615,79 +622,90 @@ class Run:
         state |= {"global_step": self.step, "recent_returns": list(self.returns)}
         state["seconds"] = self.seconds_before + time.time() - self.started
         args = asdict(self.args) | {"resume": None, "evaluate": None}
+        if "replay" not in state:
+            args["buffer"] = "auto"  # any will do for the resumed run
         state |= {"script": Path(__file__).stem, "args": args}
         return save_checkpoint(self.folder / "checkpoint.pt", state)
 
     def open_log(self) -> None:
         args = self.args
         name = (args.env_id.replace("/", "-"), args.exp_name, args.seed, time.time_ns() // 10**6)
-        new = Path("runs") / "__".join(map(str, name))
-        self.folder = Path(args.resume).parent if args.resume else new
+        run_name = "__".join(map(str, name))
+        self.folder = Path(args.resume).parent if args.resume else Path("runs") / run_name
         if args.track:
             import wandb
 
-            project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            wandb.init(**project, config=asdict(args), name=self.folder.name, sync_tensorboard=True)
-        # A failed write of the log is raised again by the next call; its thread need not report it.
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            try:
+                wandb.init(**where, name=run_name, config=asdict(args), sync_tensorboard=True)
+            except Exception as e:
+                sys.exit(f"error: --track: {str(e).strip().splitlines()[0]}")
+        # The next call raises a failed write of the log again: hide the thread's own traceback.
         threading.excepthook = lambda e: (
             None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
         )
         try:
-            self.writer = SummaryWriter(str(self.folder))
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.step or None)
         except OSError as e:
-            sys.exit(f"error: cannot write to {self.folder} ({e.strerror}); start elsewhere.")
+            sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         self.write("add_text", "hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-        size = f"{args.buffer_size * BYTES_PER_ROW / 1e9:.1f} GB when full"
-        replay = self.replay if args.buffer == "cuda" else f"{args.buffer} replay, {size}"
+        replay = f"{args.buffer} replay of {args.buffer_size * BYTES_PER_ROW / 1e9:.1f} GB"
         print(f"{args.exp_name}: {args.env_id}, {replay}, all in {self.folder}", flush=True)
-        wait = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file wants fewer lines
-        total = args.total_timesteps
-        self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=wait)
+        if args.buffer == "cuda":
+            print(self.replay)  # where its frames found room
+        total, interval = args.total_timesteps, 0.2 if sys.stderr.isatty() else 30  # seconds
+        self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=interval)
 
     def steps(self):
-        """Yield the number of steps taken so far; between two iterations do what is due."""
+        """Yield the number of steps taken so far; save and evaluate between two iterations."""
         args = self.args
         if args.evaluate:
             return self.evaluate()
         try:
             while self.step < args.total_timesteps and not self.stop and not self.is_solved():
                 yield self.step
+                save, evaluate = map(self.due, (args.checkpoint_frequency, args.eval_frequency))
                 self.step += args.num_envs
                 self.bar.update(args.num_envs)
                 if self.step < args.total_timesteps:
-                    if self.crossed(args.eval_frequency):
-                        self.evaluate()
-                    if self.crossed(args.checkpoint_frequency):
+                    if save:
                         self.save()
+                    if evaluate:
+                        self.evaluate()
             self.finish()
+        except GeneratorExit:  # the loop was left by an error
+            path = self.folder / "checkpoint.pt"
+            if path.exists():
+                tqdm.write(f"The last checkpoint is {path}.", file=sys.stderr)
+            raise
         finally:
             self.bar.close()
             self.write("close")
 
     def due(self, every: int) -> int:
-        """How many multiples of `every` this iteration's num_envs steps reach: 0, 1 or more."""
-        return (self.step + self.args.num_envs) // every - self.step // every
-
-    def crossed(self, every: int) -> bool:
-        """Whether the last iteration reached a multiple of `every`; never if that is 0."""
-        return every > 0 and self.step // every > (self.step - self.args.num_envs) // every
+        """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
+        return (self.step + self.args.num_envs) // every - self.step // every if every else 0
 
     def is_solved(self) -> bool:
         goal, returns = self.args.stop_return, self.returns
         return goal is not None and len(returns) == 100 and np.mean(returns) >= goal
 
     def finish(self) -> None:
-        """The last evaluation and checkpoint, and how to go on if steps are left."""
-        unfinished = self.step < self.args.total_timesteps and not self.is_solved()
-        if not unfinished:
-            self.evaluate()
+        """The last checkpoint and evaluation, and how to go on if steps are left."""
         self.bar.close()
-        if not self.save():
-            sys.exit(1)
-        if unfinished:
+        if self.step == self.first_step and not self.stop:
+            print("no step was trained: raise --total-timesteps, or change --stop-return")
+        elif self.is_solved():
+            print(f"the last 100 episodes reached --stop-return {self.args.stop_return}")
+        saved = self.save()
+        if self.step >= self.args.total_timesteps or self.is_solved():
+            self.evaluate()
+        elif saved:
             command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
             print("go on with: python", shlex.join(command))
+        if not saved:
+            sys.exit(1)
 
     def log(self, episodes: list, epsilon: float, loss, q_values, **figures) -> None:
         """Write what CleanRL's dashboards show. Tensors are reduced to their mean, when logged."""
@@ -699,17 +717,15 @@ class Run:
         if not self.due(args.log_frequency):
             return
         if args.buffer == "cuda":
-            self.replay.check()  # raises what its kernels reported since the last check
+            self.replay.check()  # raises the errors that its kernels reported
         seconds = time.time() - self.started
         figures |= {"charts/epsilon": epsilon, "losses/td_loss": loss, "losses/q_values": q_values}
         if self.returns:
             figures["charts/mean_return_100"] = np.mean(self.returns)
         figures = {k: torch.as_tensor(x).mean().item() for k, x in figures.items() if x is not None}
         if not np.isfinite(figures.get("losses/td_loss", 0.0)):
-            sys.exit(
-                "error: the loss is not finite; the last checkpoint is kept. Try a smaller "
-                f"--learning-rate (it is {args.learning_rate})."
-            )
+            rate = args.learning_rate
+            sys.exit(f"error: the loss is not finite; try a --learning-rate below {rate}.")
         self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
         figures["charts/SPS"] = (step - self.first_step) / seconds
         figures["charts/hours"] = (self.seconds_before + seconds) / 3600
@@ -723,7 +739,7 @@ class Run:
                 getattr(self.writer, what)(*values)
         except OSError as e:
             self.writer = None
-            tqdm.write(f"error: no more logs in {self.folder} ({e.strerror}); training goes on.")
+            tqdm.write(f"error: cannot log to {self.folder} ({e.strerror}); training continues.")
 
     def evaluate(self) -> None:
         """Play episodes of new seeds, which follow from --seed and the step; film the first."""
@@ -736,31 +752,42 @@ class Run:
         q_network.train()
         if self.stop:
             return tqdm.write(f"evaluation stopped after {len(returns)} episodes")
-        told = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
-        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {told}")
+        score = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
+        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {score}")
         if not args.evaluate:
             self.write("add_scalar", "eval/episodic_return", returns.mean(), self.step)
         if args.capture_video:
             folder = Path(args.evaluate).parent if args.evaluate else self.folder
-            save_film(folder / "videos", f"step-{self.step}", *film(args, seed, actions))
+            save_film(folder / f"videos/step-{self.step}.mp4", film(args, seed, actions))
 
 
-def save_film(folder: Path, name: str, pictures: list, fps: int) -> None:
-    """Write an mp4 file of a new name."""
-    from moviepy import ImageSequenceClip
+def can_film(args: RunArgs) -> bool:
+    try:
+        return next(film(args, 0, [])) is not None
+    except Exception:
+        return False
 
-    path = folder / f"{name}.mp4"
+
+def save_film(path: Path, pictures) -> None:
+    """Write an mp4 file; if there is one of this name, under another."""
     while path.exists():
         path = path.with_stem(path.stem + "-again")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        ImageSequenceClip(pictures, fps=fps).write_videofile(str(path), logger=None)
-    except OSError as e:
-        tqdm.write(f"error: {path} not written ({e.strerror or 'ffmpeg failed'})")
+        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = None
+        for picture in pictures:
+            size = picture.shape[1], picture.shape[0]
+            writer = writer or FFMPEG_VideoWriter(str(path), size, FRAMES_PER_SECOND)
+            writer.write_frame(picture)
+        writer.close()
+    except Exception as e:  # a film is not worth a training
+        tqdm.write(f"error: {path} not written ({str(e).strip().splitlines()[0]})")
 
 
 def save_checkpoint(path: Path, state: dict) -> bool:
-    """Write whole or not at all: the new file replaces the old one once it is on the disk."""
+    """Write atomically: the new file replaces the old one once it is on the disk."""
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
@@ -787,13 +814,15 @@ def load_checkpoint(path: str, verify: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {state['script']}.py")
-        for field in fields(RunArgs):
-            value, default = state["args"][field.name], field.default
-            if default is not None and type(value) is not type(default):
-                raise ValueError(f"its {field.name} is {value!r}")
-        for name, kind in (("global_step", int), ("recent_returns", list), ("seconds", float)):
-            if not isinstance(state[name], kind):
-                raise ValueError(f"its {name} is {state[name]!r}")
+        expected = asdict(RunArgs()) | {"global_step": 0, "seconds": 0.0, "recent_returns": []}
+        found = state["args"] | {name: state[name] for name in [*expected][-3:]}
+        if expected.keys() != found.keys():
+            raise ValueError(f"other arguments: {', '.join(expected.keys() ^ found.keys())}")
+        for name, default in expected.items():
+            if default is not None and type(found[name]) is not type(default):
+                raise ValueError(f"its {name} is {found[name]!r}")
+        if found["global_step"] < 0 or {type(x) for x in found["recent_returns"]} - {float}:
+            raise ValueError("its step or its returns are damaged")
         return state
     except FileNotFoundError:
         sys.exit(f"error: no checkpoint at {path}; look for runs/<run>/checkpoint.pt.")
@@ -826,12 +855,12 @@ def parse_args() -> RunArgs:
         sys.exit("error: give --resume or --evaluate, not both.")
     checkpoint = load_checkpoint(path, verify=False)  # Run verifies it
     saved = checkpoint["args"]
-    if args.evaluate:  # takes over what defines the agent: not the saved run's logs or hardware
+    if args.evaluate:  # keep the agent's arguments, not those of the logs and the hardware
         algorithm = {field.name for field in fields(Args)}
         saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith("eval_")}
     args = tyro.cli(RunArgs, args=words, default=RunArgs(**saved))
     if args.evaluate:  # nothing is stored or learned
-        args.buffer_size, args.learning_starts = 2_000 * args.num_envs, 2_000 * args.num_envs
+        args.buffer_size = args.learning_starts = 1_100 * args.num_envs
         args.batch_size, args.eval_episodes = 1, args.eval_episodes or RunArgs.eval_episodes
         return args
     fixed = ("env_id", "num_envs") + (FIXED_WITH_REPLAY if "replay" in checkpoint else ())
@@ -854,13 +883,14 @@ def check_args(args: RunArgs) -> None:
     or_zero = ("seed", "torch_threads", "eval_frequency", "eval_episodes", "checkpoint_frequency")
     positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
     positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
+    positive += ("log_frequency", "eval_max_steps")
     for name, value in asdict(args).items():
         if name in fractions:
             must(name, "between 0 and 1", 0 <= value <= 1)
         elif name in or_zero:
-            must(name, "0 or more", 0 <= value < 2**63)
-        elif name in positive or name in ("log_frequency", "eval_max_steps"):
-            must(name, "positive", 0 < value < 2**63)
+            must(name, "0 or more, and below 2**63", 0 <= value < 2**63)
+        elif name in positive:
+            must(name, "positive, and below 2**63", 0 < value < 2**63)
         elif isinstance(value, float):
             must(name, "a finite number", np.isfinite(value))
     for rule in args.rules() if hasattr(args, "rules") else ():  # of a child: declared in Args
@@ -870,37 +900,45 @@ def check_args(args: RunArgs) -> None:
     must("device", "cpu or auto where torch finds no GPU", on_gpu)
     for package, flag in (*((x, "capture_video") for x in VIDEO_PACKAGES), ("wandb", "track")):
         holds = not getattr(args, flag) or importlib.util.find_spec(package) is not None
-        must(flag, f"left out, or run `pip install {package}` first", holds)
+        must(flag, f"off where {package} is missing: pip install {package}", holds)
+    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+    must("compile", "off where there is no C++ compiler", compiler or not args.compile)
     check_replay_args(args, must)
 
 
-def built_buffers(args: RunArgs) -> list[str]:
-    """The replays that this run can use, the best last."""
-    kinds = ["numpy", *(fastreplay.backends() if fastreplay else ())]
-    on_gpu = args.device != "cpu" and "cuda" in kinds and not fastreplay.cuda_problem()
-    return [kind for kind in kinds if kind != "cuda" or on_gpu]
+def cuda_problem(args: RunArgs) -> str:
+    """Why this run cannot have its replay on a GPU, in one line; "" if it can."""
+    if args.device == "cpu":
+        return "--device is cpu"
+    if not fastreplay or "cuda" not in fastreplay.backends():
+        return "it is not built; where nvcc is installed, run `pip install .`"
+    return fastreplay.cuda_problem()
 
 
 def check_replay_args(args: RunArgs, must) -> None:
     """Choose the replay, and check that it can be made, fits into memory and can be drawn from."""
-    built = built_buffers(args)
-    args.buffer = built[-1] if args.buffer == "auto" else args.buffer
-    place = "nvcc, and used on a GPU" if args.buffer == "cuda" else "a C++ compiler"
-    rule = f"built first, with `pip install .` where there is {place}"
+    built = ["numpy", *(fastreplay.backends() if fastreplay else ())]
+    problem = cuda_problem(args) if args.buffer in ("auto", "cuda") else ""
+    must("buffer", f"another: {problem}", args.buffer != "cuda" or not problem)
+    if args.buffer == "auto":
+        args.buffer = [kind for kind in built if kind != "cuda" or not problem][-1]
+        if problem and args.device != "cpu" and torch.cuda.is_available():
+            print(f"--buffer auto takes {args.buffer}: {problem}")
+    rule = "numpy, or built with `pip install .` where there is a C++ compiler"
     must("buffer", rule, args.buffer in built)
     must("n_step", "at most 1000", args.n_step <= 1_000)
     least = (12 + args.n_step) * args.num_envs  # a stack, a window, and 8 rows more in each game
     must("buffer_size", f"at least {least} for --num-envs games", args.buffer_size >= least)
     least = (1 + args.n_step) * args.num_envs
-    must("learning_starts", f"at least {least}: whole transitions", args.learning_starts >= least)
+    must("learning_starts", f"at least {least}, one transition", args.learning_starts >= least)
     stored = args.buffer_size // args.num_envs * args.num_envs
     for name in ("learning_starts", "batch_size"):
-        must(name, f"at most {stored}, --buffer-size", getattr(args, name) <= stored)
+        must(name, f"at most {stored}, what --buffer-size holds", getattr(args, name) <= stored)
     free = free_memory()
     if args.buffer == "cuda":  # on the GPU, or else in the machine's memory
         free = max(free, int(0.9 * torch.cuda.mem_get_info()[0]))
     fits = free // BYTES_PER_ROW // 1_000 * 1_000
-    must("buffer_size", f"at most {fits} in this memory", args.buffer_size <= fits)
+    must("buffer_size", f"at most {fits} to fit into memory", args.buffer_size <= fits)
     must("buffer_size", f"at most {2**27}", args.buffer_size <= 2**27)
 
 
@@ -922,6 +960,7 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed from the start
+        self.stream.reconfigure(errors="replace")  # what it cannot encode
 
     def __getattr__(self, name: str):
         def attempt(*args):

@@ -230,8 +230,8 @@ def test_a_film_is_the_first_game_of_its_evaluation():
     seed = (1, 7)
     envs = m.make_envs(args.env_id, 3, seed)
     _, actions = m.evaluate(noop_network(m), args, torch.device("cpu"), seed)
-    pictures, fps = m.film(args, seed, actions)
-    assert fps == 15 and pictures[0].shape == (210, 160, 3)
+    pictures = list(m.film(args, seed, actions))
+    assert m.FRAMES_PER_SECOND == 15 and pictures[0].shape == (210, 160, 3)
     (obs, _), rng, length, done = envs.reset(), np.random.default_rng(seed), 0, False
     while not done:
         envs.send(m.act(noop_network(m), obs, 1.0, rng, torch.device("cpu")))
