@@ -1,5 +1,6 @@
 """Shared by the tests: the scripts as modules."""
 
+import functools
 import importlib.util
 import signal
 import sys
@@ -28,23 +29,48 @@ def load(name: str):
 CUDA = ["cuda-emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+LEFT_OUT = pytest.StashKey[dict]()
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out the tests of a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=left_out)
-    config.stash[LEFT_OUT] = len(left_out)
+    """Leave out what this machine cannot run, and count it."""
+    kept, left_out = [], {"a CUDA GPU": [], "instructions that this processor lacks": []}
+    for item in items:
+        values = getattr(item, "callspec", None) and item.callspec.params.values() or ()
+        values = [value for value in values if isinstance(value, str)]
+        instructions = [value for value in values if value in ("avx2", "avx512")]
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            left_out["a CUDA GPU"].append(item)
+        elif not all(map(has_instructions, instructions)):
+            left_out["instructions that this processor lacks"].append(item)
+        elif instructions and any(value.startswith("cuda") for value in values):
+            pass  # instructions of the CPU mean nothing to a GPU
+        else:
+            kept.append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=sum(left_out.values(), []))
+    config.stash[LEFT_OUT] = {reason: len(found) for reason, found in left_out.items() if found}
 
 
-LEFT_OUT = pytest.StashKey[int]()
+@functools.cache
+def has_instructions(name):
+    try:
+        from fastreplay import _cpu
+    except ImportError:
+        return True  # its tests say what is missing
+    best = _cpu.instruction_set()
+    try:
+        _cpu.use_instruction_set(name)
+    except ValueError:
+        return False
+    _cpu.use_instruction_set(best)
+    return True
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.stash.get(LEFT_OUT, 0):
-        count = config.stash[LEFT_OUT]
-        terminalreporter.write_line(f"{count} tests need a CUDA GPU and were left out.")
+    told = [f"{count} need {reason}" for reason, count in config.stash.get(LEFT_OUT, {}).items()]
+    if told:
+        terminalreporter.write_line(f"Tests left out: {', '.join(told)}.")
 
 
 @pytest.fixture

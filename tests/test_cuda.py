@@ -24,7 +24,6 @@ if not fastreplay.backends():
 
 from fastreplay import FrameReplay, SumTree, _device, _self_check  # noqa: E402
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 one_gpu = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -649,7 +648,6 @@ def test_runs_are_bit_identical(cuda):
 
 
 @pytest.mark.gpu
-@no_gpu
 def test_threads_that_use_one_replay():
     """One thread adds on a stream of its own while another samples and waits."""
     _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
