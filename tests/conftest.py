@@ -36,8 +36,8 @@ def pytest_collection_modifyitems(config, items):
     """Leave out what this machine cannot run, and count it."""
     kept, left_out = [], {"a CUDA GPU": [], "instructions that this processor lacks": []}
     for item in items:
-        values = getattr(item, "callspec", None) and item.callspec.params.values() or ()
-        values = [value for value in values if isinstance(value, str)]
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        values = [value for value in params.values() if isinstance(value, str)]
         instructions = [value for value in values if value in ("avx2", "avx512")]
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             left_out["a CUDA GPU"].append(item)
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
         else:
             kept.append(item)
     items[:] = kept
-    config.hook.pytest_deselected(items=sum(left_out.values(), []))
+    config.hook.pytest_deselected(items=[item for found in left_out.values() for item in found])
     config.stash[LEFT_OUT] = {reason: len(found) for reason, found in left_out.items() if found}
 
 
