@@ -68,9 +68,9 @@ def has_instructions(name):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    told = [f"{count} need {reason}" for reason, count in config.stash.get(LEFT_OUT, {}).items()]
-    if told:
-        terminalreporter.write_line(f"Tests left out: {', '.join(told)}.")
+    output = [f"{count} need {reason}" for reason, count in config.stash.get(LEFT_OUT, {}).items()]
+    if output:
+        terminalreporter.write_line(f"Tests left out: {', '.join(output)}.")
 
 
 @pytest.fixture

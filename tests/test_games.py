@@ -14,8 +14,8 @@ NOOPS_OFF = {"noop_max": 0, "use_fire_reset": False}
 
 
 def play(envs, steps, rng, n_actions=None, replay=None, reference=None):
-    """Step random actions; -> a list of (obs, actions, rewards, terminations, truncations, infos
-    after the step). Everything told to `replay` is what the scripts tell it."""
+    """Play random actions -> a list of (obs, actions, rewards, terminations, truncations, infos
+    after the step). A `replay` gets what the scripts give it."""
     obs, starts = envs.reset()
     log, n_actions = [], n_actions or envs.n_actions
     for _ in range(steps):

@@ -13,7 +13,7 @@ EVENTS = ["step"] * 6 + ["life lost", "terminated", "truncated"]
 
 
 class World:
-    """Random games that are told step by step to a replay and to the oracle alike.
+    """Random games, added step by step to a replay and to the oracle.
 
     A frame is stamped with (game, episode, t, noise), so that a stale one or one from another
     episode cannot pass for the right one.

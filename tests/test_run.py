@@ -448,13 +448,13 @@ def test_bad_input_is_refused(name, options, message, in_tmp, monkeypatch, capsy
     with pytest.raises(SystemExit) as left:
         main_in_process(load(name), options, monkeypatch)
     printed = capsys.readouterr()
-    told = printed.out + printed.err
+    output = printed.out + printed.err
     if isinstance(left.value.code, str):
-        told = left.value.code
-        assert told.startswith("error: ") and "\n" not in told
+        output = left.value.code
+        assert output.startswith("error: ") and "\n" not in output
     else:
         assert left.value.code != 0
-    assert message in told
+    assert message in output
     assert not (in_tmp / "runs").exists(), "nothing may be written"
 
 
@@ -644,8 +644,8 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(script, in_tmp, c
     path = in_tmp / "checkpoint.pt"
     path.with_suffix(".partial").mkdir()  # no file can be opened there
     assert not script.save_checkpoint(path, {"a": torch.zeros(3)})
-    told = capsys.readouterr().err
-    assert "checkpoint.pt not written (is a directory)\n" in told, "there is none to keep"
+    output = capsys.readouterr().err
+    assert "checkpoint.pt not written (is a directory)\n" in output, "there is none to keep"
     path.with_suffix(".partial").rmdir()
     assert script.save_checkpoint(path, {"a": torch.zeros(3)})
     before = path.read_bytes()
@@ -666,16 +666,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_full_disk(in_tmp):
-    """No file may grow beyond 20 kB: the log fails first, later the checkpoint. Both are told."""
+    """No file may grow beyond 20 kB: first the log fails, then the checkpoint."""
     options = small("dqn_cartpole") | {"log_frequency": 1, "eval_frequency": 0}
     script = str(ALGOS / "dqn_cartpole.py")
     command = [sys.executable, "-c", LIMITED, "20000", script, *flags(options)]
     result = subprocess.run(command, cwd=in_tmp, capture_output=True, text=True)
-    told = result.stdout + result.stderr
-    assert "Traceback" not in told
-    assert told.count("error: cannot log to runs/") == 1 and "training continues" in told
-    assert "checkpoint.pt not written (file too large)\n" in told
-    assert result.returncode == 1 and "evaluated" in told
+    output = result.stdout + result.stderr
+    assert "Traceback" not in output
+    assert output.count("error: cannot log to runs/") == 1 and "training continues" in output
+    assert "checkpoint.pt not written (file too large)\n" in output
+    assert result.returncode == 1 and "evaluated" in output
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
@@ -710,7 +710,7 @@ def test_a_reader_that_leaves_stops_nothing(in_tmp):
 
 
 class Odd(gym.Env):
-    """An environment that pays what it is told: a counter as observation."""
+    """An environment that counts its steps, with faults as asked for."""
 
     def __init__(self, space=None, actions=None, ends=20, value=1.0, bad_step=5, bad_episode=0):
         box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -890,9 +890,9 @@ def test_compiling_without_a_compiler_is_refused(in_tmp, monkeypatch):
 def test_an_environment_without_an_end_is_evaluated(odd, in_tmp, monkeypatch, capsys):
     options = small("dqn_cartpole") | odd(ends=-1) | {"eval_max_steps": 50, "eval_episodes": 3}
     main_in_process(load("dqn_cartpole"), options | {"total_timesteps": 500}, monkeypatch)
-    told = capsys.readouterr().out
-    assert "3 of these episodes were cut at --eval-max-steps 50" in told
-    assert "evaluated: 50.0 +- 0.0 in 3 episodes" in told
+    output = capsys.readouterr().out
+    assert "3 of these episodes were cut at --eval-max-steps 50" in output
+    assert "evaluated: 50.0 +- 0.0 in 3 episodes" in output
 
 
 def test_other_environments_with_vectors(in_tmp):
@@ -934,8 +934,8 @@ def test_help_names_every_argument_with_its_meaning():
     command = [sys.executable, str(ALGOS / "ddqn_atari.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0
-    told = " ".join(result.stdout.replace("│", " ").split())
+    output = " ".join(result.stdout.replace("│", " ").split())
     for field in dataclasses.fields(load("ddqn_atari").RunArgs):
-        assert "--" + field.name.replace("_", "-") in told
+        assert "--" + field.name.replace("_", "-") in output
     for meaning in ("any Atari game", "agent steps kept for replay", "epsilon while evaluating"):
-        assert meaning in told
+        assert meaning in output
