@@ -21,7 +21,7 @@ ARCHITECTURES = (
     "80",
     "90",
     "100",
-)  # and PTX of the last, which newer ones compile at first use
+)  # and PTX of the last one, which newer GPUs compile at first use
 WANTED = os.environ.get("FASTREPLAY_CUDA", "auto")
 
 
@@ -38,7 +38,7 @@ def flags():
 
 
 def find_nvcc():
-    """The path of nvcc, or None if there is none or it is not wanted."""
+    """The path of nvcc, or None if there is none or FASTREPLAY_CUDA is 0."""
     if WANTED == "0" or sys.platform == "win32":
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -82,7 +82,7 @@ def run_nvcc(*arguments):
 
 
 class BuildExt(build_ext):
-    """Compiles the .cu sources, and reports in one line what a failed build means."""
+    """Compiles the .cu sources, and reports the consequence of a failed build in one line."""
 
     nvcc = find_nvcc()
 
@@ -106,7 +106,7 @@ class BuildExt(build_ext):
         known = run_nvcc(self.nvcc, "--list-gpu-arch").split()
         targets = [a for a in ARCHITECTURES if f"compute_{a}" in known]
         if not targets:
-            raise RuntimeError(f"this nvcc knows none of sm_{', sm_'.join(ARCHITECTURES)}")
+            raise RuntimeError(f"this nvcc supports none of sm_{', sm_'.join(ARCHITECTURES)}")
         command = [self.nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0", "-Icsrc"]
         for target in targets:
             command += ["-gencode", f"arch=compute_{target},code=sm_{target}"]

@@ -1,10 +1,11 @@
-"""The buffers and trees of benchmarks/buffers.py, each configured as its documentation says.
+"""The buffers and trees of benchmarks/buffers.py, each configured as in its documentation.
 
 A frame buffer has add(row), with a row of Stream.step(); sample(n), which returns obs and next_obs
 as torch tensors and may return more; and, if prioritized, update(batch, td_error) with a batch of
-sample(). A tree has sample(n); update(indices, priorities), with what prepare(indices, priorities)
-returns, the arrays in the types that it takes; and find(targets), with what targets(n) returns.
-The peers' packages are imported in the methods, because each is installed in its own environment.
+sample(). A tree has sample(n); update(indices, priorities); and find(targets). The arguments of
+update() are those that prepare(indices, priorities) returns, in the types that the tree takes. The
+argument of find() is what targets(n) returns. The peers' packages are imported in the methods,
+because each is installed in its own environment.
 """
 
 from importlib.metadata import version
@@ -18,14 +19,14 @@ RNG = np.random.default_rng(0)
 
 
 class Stream:
-    """Transitions of `num_envs` games, made of `kinds` frames each, which are drawn in advance.
+    """Transitions of `num_envs` games, made of `kinds` frames each, which are generated in advance.
 
-    Building a row costs next to nothing, so that only the buffers are timed.
+    Building a row takes almost no time, so that only the buffers are timed.
     """
 
     def __init__(self, num_envs, kinds=256):
         rng = np.random.default_rng(0)
-        # frames of 4x4 squares in one shade, so that buffers that compress can do so
+        # frames of 4x4 squares in one shade, so that buffers with compression can compress them
         small = rng.integers(0, 256, (kinds, num_envs, 21, 21), dtype=np.uint8)
         self.frames = np.ascontiguousarray(small.repeat(4, axis=2).repeat(4, axis=3))
         self.actions = rng.integers(0, 4, (kinds, num_envs))
@@ -49,7 +50,7 @@ class Stream:
             "reward": self.rewards[k],
             "start": np.full(self.num_envs, position == 0),
             "terminated": np.full(self.num_envs, position == EPISODE - 1),
-            # for buffers in which the final observation has a row of its own: the row before it
+            # for buffers in which the final observation has its own row: the row before it
             "terminated_before": np.full(self.num_envs, position == EPISODE - 2),
         }
 
@@ -61,7 +62,7 @@ class Peer:
     own = False  # part of CleanQ
     num_envs = 1  # games that add() stores at once
     package = ""  # whose version is reported
-    requires = ()  # pip requirements, installed in an environment of its own
+    requires = ()  # pip requirements, installed in a separate environment
 
     @classmethod
     def version(cls):
@@ -400,7 +401,7 @@ class Dopamine(Peer):
 
 class Tree(Peer):
     kind = "tree"
-    find = None  # for trees without a find of their own
+    find = None  # for trees without find()
 
     def prepare(self, indices, priorities):
         return indices, priorities

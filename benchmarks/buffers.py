@@ -1,14 +1,14 @@
-"""Replay buffers and sum-trees side by side: CleanQ's and every peer's that installs.
+"""Compares replay buffers and sum-trees: CleanQ's and those of every peer that can be installed.
 
     python benchmarks/buffers.py --record benchmarks/records/2026-01-01_buffers
 
-Each peer runs in a process and a virtual environment of its own, which this tool creates; torch and
-NumPy come from the environment that runs the tool. A peer that does not install gets a row that
-says so. Every process times a 64 MiB memcpy before and after its measurements; their ratio, the
-drift, shows how much the machine's speed changed meanwhile. The row `plain-copy` is the time of
-copying as many bytes as a sample must copy. Without --record the tool prints the tables and keeps
-nothing. With it, the record's folder holds README.md, results.json (all times, to three digits) and
-the figures latency.png, memory.png and capacity.png.
+Each peer runs in its own process and virtual environment, which this tool creates; torch and NumPy
+come from the environment that runs the tool. A peer that cannot be installed gets a row that says
+so. Every process times a 64 MiB memcpy before and after its measurements; their ratio, the drift,
+shows how much the machine's speed changed in between. The row `plain-copy` is the time to copy as
+many bytes as a sample must copy. Without --record the tool only prints the tables. With it, the
+record's folder contains README.md, results.json (all times, to three digits) and the figures
+latency.png, memory.png and capacity.png.
 
 Measured for frames of 84x84, stacks of 4, --capacity transitions:
     add       transitions per second while the full buffer is overwritten
@@ -20,7 +20,7 @@ and for trees of 2^20 leaves on one thread, in microseconds for 32, 256 and 4096
     find      find the leaves of given targets
     update    set new priorities
 
-`--device cuda` runs the GPU's half instead; see buffers_cuda.py.
+`--device cuda` runs the measurements on a GPU instead; see buffers_cuda.py.
 """
 
 import argparse
@@ -52,7 +52,8 @@ OTHERS = ("plain-copy", "capacities", "import")  # what is measured besides the 
 def time_calls(call, args, blocks=None, calls=None):
     """Seconds of each call, in blocks: `blocks` (default: --repeats) lists of `calls` numbers.
 
-    Without `calls`, as many as fit into --seconds. The first calls are not counted.
+    Without `calls`, a block has as many calls as fit into --seconds. The first calls are not
+    counted.
     """
     for _ in range(3):
         call()
@@ -85,7 +86,7 @@ def time_short_calls(call, args, calls=200):
 
 
 def resident_bytes():
-    """Memory of this process; None where /proc does not tell."""
+    """Resident memory of this process; None if /proc does not provide it."""
     if not Path("/proc/self/statm").exists():
         return None
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -103,12 +104,12 @@ def memcpy_seconds():
 
 
 def measure_plain_copy(args):
-    """fastreplay's samples, by turns with a plain copy of the same number of bytes.
+    """fastreplay's samples, in turns with a plain copy of the same number of bytes.
 
     A sample of n transitions copies stack + 1 = 5 frames for each. The plain copy takes 5 n frames
     in one contiguous piece, from a random position in one game's frames, on torch's threads. Both
     write into the same tensors at every call. Turns are short, so that a change of the machine's
-    speed meets both.
+    speed affects both.
     """
     peer = PEERS["fastreplay-out"]
     least = (SAMPLE_SIZES[-1] * 5 + 1) * peer.num_envs
@@ -199,7 +200,7 @@ def measure_frames(peer, args):
 def measure_tree(peer, args):
     """Samples, finds and updates of one peer's tree, on one thread.
 
-    Every update sets other priorities: some trees skip those that do not change.
+    Every update sets different priorities, because some trees skip unchanged ones.
     """
     torch.set_num_threads(1)
     tree = peer(TREE_SIZE)
@@ -225,7 +226,7 @@ def measure_tree(peer, args):
 
 
 def measure_capacities(args):
-    """fastreplay alone at each of --capacities; frames of 28x28, so that ten million fit."""
+    """Only fastreplay, at each of --capacities; frames of 28x28, so that ten million fit."""
     from fastreplay import FrameReplay, SumTree
 
     result = {}
@@ -274,8 +275,8 @@ def measure(args):
 def make_environment(peer, folder, source=""):
     """A virtual environment with the peer installed; returns its Python.
 
-    Packages that it lacks are taken from the environment that runs the tool. `source`: a checkout
-    to build the peer from, after its dependencies. Raises RuntimeError if pip fails.
+    Packages that are missing there are taken from the environment that runs the tool. `source`: a
+    checkout to build the peer from, after its dependencies. Raises RuntimeError if pip fails.
     """
     python = folder / "bin" / "python"
     done = folder / "installed"
@@ -325,7 +326,7 @@ def microseconds(blocks):
 
 
 def cell(result, key):
-    """A table's cell: "median (lowest-highest)" in microseconds, or "" if not measured."""
+    """A table cell: "median (lowest-highest)" in microseconds, or "" if not measured."""
     if key not in result:
         return ""
     middle, low, high = microseconds(result[key])
@@ -334,7 +335,7 @@ def cell(result, key):
 
 
 def report_of(rows):
-    """The record's page, in Markdown: tables of what was measured."""
+    """The record's page in Markdown: tables of all measurements."""
     parts = [frames_table(rows), copies_table(rows), trees_table(rows), capacities_table(rows)]
     if "result" in rows.get("import", {}):
         middle, low, high = (x / 1e3 for x in microseconds(rows["import"]["result"]["seconds"]))
@@ -379,7 +380,7 @@ def copies_table(rows):
     if "result" not in rows.get("plain-copy", {}):
         return ""
     result = rows["plain-copy"]["result"]
-    lines = ["## Samples by turns with a plain copy of as many bytes", ""]
+    lines = ["## Samples in turns with a plain copy of as many bytes", ""]
     lines += ["| batch, threads | plain copy | fastreplay | median ratio of the turns |"]
     lines += ["|---|---:|---:|---:|"]
     for threads in (1, 2):
@@ -430,7 +431,7 @@ def rounded(value):
 
 
 def figures(rows):
-    """{name: matplotlib figure} of what was measured: latency, memory, capacity."""
+    """{name: matplotlib figure} of the measurements: latency, memory, capacity."""
     frames = [(peer, row["result"]) for peer, row in rows_of(rows, "frames") if "result" in row]
     drawn = {}
     if frames:
@@ -509,7 +510,7 @@ def capacity_figure(result):
 
 
 def measure_on_gpu(args, commit):
-    """All sides of buffers_cuda.py. The record is written again after each: time may run out."""
+    """All sides of buffers_cuda.py. Writes the record after each side, because time may run out."""
     import buffers_cuda
 
     if not torch.cuda.is_available():
@@ -541,12 +542,12 @@ def main():
     parser.add_argument("--capacity", type=int, default=100_000, help="transitions")
     parser.add_argument("--capacities", nargs="*", type=int, default=[10**k for k in range(4, 8)])
     parser.add_argument("--repeats", type=int, default=5, help="blocks of each measurement")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, about")
+    parser.add_argument("--seconds", type=float, default=2.0, help="approximate measurement time")
     parser.add_argument("--cleanrl", default="", help="folder of a CleanRL checkout")
     parser.add_argument(
         "--torchrl",
         default="",
-        help="checkout to build TorchRL from, where its wheel does not load",
+        help="checkout to build TorchRL from, if its wheel does not load",
     )
     parser.add_argument(
         "--environments",

@@ -1,18 +1,20 @@
 """Replay buffers on a GPU.
 
-    python benchmarks/buffers.py --device cuda --capacity 1000000    fastreplay beside its peers
-    python benchmarks/buffers_cuda.py --kernels tuned reference      its kernels beside plain ones
+    python benchmarks/buffers.py --device cuda --capacity 1000000    fastreplay and its peers
+    python benchmarks/buffers_cuda.py --kernels tuned reference      its tuned and plain kernels
 
 The first compares a prioritized replay of 84x84 frames and stacks of 4 with those of TorchRL and
-Flashbax (where they are installed), with torch indexing of whole stacks, and with cumsum +
+Flashbax (if they are installed), with torch indexing of whole stacks, and with cumsum +
 searchsorted. The lower bounds are a copy on the device, a copy over the bus, and a CUDA graph of
-empty kernels. Each side runs in a process of its own and is recorded when it is done.
+empty kernels. Each side runs in its own process and is recorded when it is done.
 
 The second times each operation of fastreplay with its tuned kernels and with the plain ones of
-csrc/cuda/reference.cu, in turns in one process: a tuned kernel that is not faster should go.
+csrc/cuda/reference.cu, in turns in one process: a tuned kernel that is not faster should be
+removed.
 
 A time is that of many calls in a row that end with one synchronisation, divided by their number:
-what a training loop pays that does not wait for each call. `captured` is the same as a CUDA graph.
+the cost in a training loop that does not wait for each call. `captured` is the same as a CUDA
+graph.
 """
 
 import argparse
@@ -30,7 +32,7 @@ FRAME_BYTES = 84 * 84
 STACK = 4
 NUM_ENVS = 8
 SIZES = (32, 256, 4096)
-# Filling Flashbax's buffer takes long, and the cost of a sample does not depend on how full it is.
+# Filling Flashbax's buffer is slow, and the time of a sample does not depend on how full it is.
 FLASHBAX_CAPACITY, FLASHBAX_ROWS = 100_000, 20_000
 
 
@@ -73,7 +75,7 @@ def captured(call):
 
 
 def rows(random):
-    """Yields arguments of add() without end. Frames are generated before, not while timed."""
+    """Yields arguments of add() without end. Frames are generated in advance, not while timed."""
     frames = random.integers(0, 256, (64, NUM_ENVS, 84, 84), dtype=np.uint8)
     actions = random.integers(0, 18, NUM_ENVS)
     rewards = random.normal(size=NUM_ENVS).astype(np.float32)
@@ -128,10 +130,10 @@ def measure_fastreplay(args):
 
 
 def measure_gather(args):
-    """Uniform samples of stack + 1 = 5 frames each, beside a copy of as many bytes.
+    """Uniform samples of stack + 1 = 5 frames each, compared with a copy of as many bytes.
 
-    Copies of a small batch on the device stay in the L2 cache, so that bound is out of reach for a
-    gather from a large replay.
+    Copies of a small batch on the device stay in the L2 cache, so a gather from a large replay
+    cannot reach that bound.
     """
     result = {}
     for storage in ("device", "host"):
@@ -207,7 +209,7 @@ def measure_flashbax(args):
     class OnGpu(Flashbax):
         device = "gpu"
 
-        def update(self, batch, td_error):  # asynchronous, as the other sides are
+        def update(self, batch, td_error):  # asynchronous, like the other sides
             self.state = self.update_jit(self.state, batch[2].indices, td_error)
 
     buffer, stream = OnGpu(min(args.capacity, FLASHBAX_CAPACITY)), Stream(NUM_ENVS)
@@ -263,7 +265,7 @@ def measure_trees(args):
 
             ends = [torch.full((), end, dtype=torch.int64, device="cuda") for end in (0, size)]
 
-            def scan(n, peer=peer, ends=ends):  # as its sampler does, without synchronisation
+            def scan(n, peer=peer, ends=ends):  # like its sampler, without synchronisation
                 return peer.scan_lower_bound(torch.rand(n, device="cuda") * peer.query(*ends))
 
             sides["TorchRL"] = (scan, peer.__setitem__)
@@ -304,7 +306,7 @@ def median_us(blocks):
 
 
 def table(sides):
-    """Markdown: the ratios, then every median."""
+    """In Markdown: the ratios, then every median."""
     results = {name: row["result"] for name, row in sides.items() if "result" in row}
     lines = ["# Replay on the GPU", "", *ratios(results), "", "Median microseconds per call.", ""]
     lines += ["| side | what | microseconds |", "|---|---|---:|"]
@@ -322,7 +324,7 @@ def table(sides):
 
 
 def ratios(results):
-    """Yields a Markdown line for each comparison; nan where a side was not measured."""
+    """Yields a Markdown line for each comparison; nan if a side was not measured."""
 
     def of(side, what):
         value = results.get(side, {}).get(what)
@@ -417,7 +419,7 @@ def compare_kernels(args, calls):
 
 
 def kernel_table(results, kernels):
-    """Markdown: median, lowest and highest block of each; ratios are to the first of `kernels`."""
+    """In Markdown: median, lowest and highest block of each, and ratios to the first kernels."""
     lines = ["# Kernels of fastreplay", ""]
     lines += ["Microseconds per call as a CUDA graph: median (lowest to highest block)."]
     ratios = [f"{other} / {kernels[0]}" for other in kernels[1:]]
@@ -433,18 +435,18 @@ def kernel_table(results, kernels):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times fastreplay's CUDA kernels side by side.")
+    parser = argparse.ArgumentParser(description="Compares the times of fastreplay's CUDA kernels.")
     names = ("tuned", "reference")
     parser.add_argument("--kernels", nargs="+", choices=names, default=names, help="which to time")
     parser.add_argument("--capacity", type=int, default=200_000, help="transitions of a replay")
     parser.add_argument("--repeats", type=int, default=5, help="blocks of each measurement")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each measurement, about")
+    parser.add_argument("--seconds", type=float, default=0.2, help="approximate measurement time")
     parser.add_argument("--record", help="folder for results.json and README.md")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: no GPU: torch.cuda.is_available() is False")
     if args.record:
-        describe()  # refuses a checkout that cannot be recorded before anything is measured
+        describe()  # before the measurement, refuses a checkout that cannot be recorded
     results = compare_kernels(args, kernel_calls(args))
     table = kernel_table(results, args.kernels)
     print(table)

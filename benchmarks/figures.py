@@ -1,7 +1,7 @@
-"""What the figures of the records share: colours, and labels at the ends of lines."""
+"""Shared parts of the records' figures: colours, and labels at the ends of lines."""
 
 OWN = "#0a5fc4"  # the project's lines
-PEER = "#a8a8a8"  # the others'
+PEER = "#a8a8a8"  # the peers' lines
 TEXT = "#555555"
 
 
@@ -19,7 +19,7 @@ def label_ends(axes, labels, fontsize=9):
     """Write labels to the right of the axes, each at the height of its line's end.
 
     `labels`: [(y in data units, text, colour)]. Labels that would overlap move apart, and a thin
-    line leads from each to its height. Call it when limits and scale of the axes are final.
+    line leads from each to its height. Call it after the limits and scale of the axes are set.
     """
     figure = axes.figure
     height = axes.get_window_extent().height
@@ -51,10 +51,10 @@ def label_ends(axes, labels, fontsize=9):
 
 
 def spread(heights, sizes):
-    """Move labels as little as needed for them not to overlap.
+    """Move labels as little as possible so that they do not overlap.
 
     `heights`: their wanted middles, ascending; `sizes`: their heights. Labels that touch form a
-    block, whose middle is the mean of what its labels want.
+    block, whose middle is the mean of the wanted middles of its labels.
     """
     blocks = []  # [labels' indices, middle, size]
     for i, (height, size) in enumerate(zip(heights, sizes)):

@@ -6,25 +6,25 @@
 #
 #     build        fastreplay with CUDA, into build/gpu
 #     tests        the tests that need a GPU
-#     kernels      each tuned kernel and its plain reference, timed side by side
+#     kernels      each tuned kernel compared with its plain reference
 #     memcheck     compute-sanitizer over every kernel: accesses,
 #     racecheck        races in shared memory,
 #     initcheck        reads of uninitialised memory,
 #     synccheck        barriers
 #     train        a short training of ddqn_atari.py with the replay on the GPU
-#     buffers      fastreplay beside other replay buffers on the GPU
+#     buffers      fastreplay compared with other replay buffers on the GPU
 #     throughput   agent steps per second of ddqn_atari.py with either replay
-#     runs         the tests that train on the GPU, checkpoint and resume
+#     runs         the tests that train on the GPU, save a checkpoint and resume
 #
 #   benchmarks/gpu.sh benchmarks/records/2026-01-01_gpu build kernels     only these steps
 #
 # The record folder gets a log of each step and a README.md with their commands and results. Each
-# step has a time limit, which shrinks when the steps before it were slow, but not below what is
-# reserved for it. A step that fails does not stop the others, except build.
+# step has a time limit, which shrinks if earlier steps were slow, but not below the step's reserved
+# time. A step that fails does not stop the others, except build.
 #
 # PYTHON           the interpreter
-# SECONDS_IN_ALL   the limit of all steps, default 570
-# COMMIT           the commit of the sources, where they are not in a git repository
+# SECONDS_IN_ALL   the time limit for all steps together, default 570
+# COMMIT           the commit of the sources, if they are not in a git repository
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -142,7 +142,7 @@ step kernels "$python" benchmarks/buffers_cuda.py --kernels tuned reference \
 
 sanitizer=$(command -v compute-sanitizer ||
   echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-# Without torch's cache, every tensor is an allocation of its own with known bounds.
+# Without torch's cache, every tensor is a separate allocation with known bounds.
 check() { # TOOL OPTIONS...
   step "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 1 \
     "${@:2}" "$python" benchmarks/gpu_check.py
@@ -150,7 +150,7 @@ check() { # TOOL OPTIONS...
 own=(--kernel-name kernel_substring=fastreplay)
 check memcheck --padding 512 --report-api-errors no "${own[@]}"
 check racecheck "${own[@]}"
-check initcheck # all kernels: torch's initialise memory, too
+check initcheck # all kernels, because torch's kernels initialise memory, too
 check synccheck "${own[@]}"
 
 step train "$python" algos/ddqn_atari.py --env-id BreakoutNoFrameskip-v4 \

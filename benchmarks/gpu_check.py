@@ -8,7 +8,7 @@ import torch
 from fastreplay import FrameReplay, SumTree
 from fastreplay._device import Backend
 
-ATARI, ODD = (84, 84), (7, 9)  # multiples of 16 bytes, and not
+ATARI, ODD = (84, 84), (7, 9)  # 7056 bytes, a multiple of 16, and 63 bytes
 LAST = {"memory_format": torch.channels_last}
 # Frame shape and options. Together they take every path of copy.cuh.
 REPLAYS = (
@@ -31,7 +31,8 @@ def random_row(num_envs, shape, rng):
 
 
 def check_replay(shape, options, batch_sizes, rng):
-    """Fills a ring of 50 rows per game beyond its end, from the host and the device in turns."""
+    """Fills a ring of 50 rows per game until it wraps around, from the host and the device in
+    turns."""
     replay = FrameReplay(200, shape, num_envs=4, device="cuda", **options)
     for step in range(70):
         row = random_row(4, shape, rng)

@@ -5,10 +5,10 @@
     python benchmarks/learning.py --script dqn_cartpole --env-id Acrobot-v1 --goal -90 \\
         -- --learning-rate 5e-4
 
-Every seed is a run of its own, `python algos/SCRIPT.py ... --seed SEED`, in a temporary folder.
-Flags behind `--` go to the script. Without --record the tool prints the report and keeps nothing.
-With it, the record's folder holds README.md (report, command, commit, versions, machine),
-curve.png, evaluations.csv (every evaluation of every seed) and results.json.
+Every seed is a separate run, `python algos/SCRIPT.py ... --seed SEED`, in a temporary folder. Flags
+after `--` go to the script. Without --record the tool only prints the report. With it, the record's
+folder contains README.md (report, command, commit, versions, machine), curve.png, evaluations.csv
+(every evaluation of every seed) and results.json.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def bootstrap_interval(values, resamples=RESAMPLES):
     """95% percentile bootstrap of the interquartile mean over seeds.
 
     `values`: (seeds, ...). Returns (low, high), each of shape (...). Whole seeds are drawn, so one
-    resample is a set of curves. All seeds play one environment, the only stratum.
+    resample is a set of curves. All seeds use the same environment, the only stratum.
     """
     values = np.asarray(values, np.float64)
     n = len(values)
@@ -94,7 +94,7 @@ def run_seeds(command, seeds, folder, jobs):
 
 
 def lines_of(place):
-    """A run's output, line by line; a progress bar's redraws are lines, too."""
+    """A run's output, line by line; each redraw of a progress bar is a line, too."""
     text = (place / "log.txt").read_text(errors="replace")
     return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
@@ -116,7 +116,7 @@ def read_run(place, seed):
     if "eval/episodic_return" in events.Tags()["scalars"]:
         evaluations = [(e.step, e.value) for e in events.Scalars("eval/episodic_return")]
     if not evaluations or evaluations[-1][0] != int(step.replace(",", "")):
-        sys.exit(f"error: seed {seed}: TensorBoard lacks the final evaluation, at step {step}.")
+        sys.exit(f"error: seed {seed}: TensorBoard has no final evaluation, at step {step}.")
     arguments = {}
     if "hyperparameters/text_summary" in events.Tags()["tensors"]:
         text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
@@ -193,7 +193,7 @@ def report_of(script, command, runs, goal):
         + (f" with epsilon {epsilon}" if epsilon is not None else "")
         + f", unclipped. The curve is the interquartile mean of {seeds} with a 95% percentile "
         f"bootstrap interval over the seeds ({RESAMPLES:,} resamples, one environment, so one "
-        "stratum). evaluations.csv holds every evaluation.",
+        "stratum). evaluations.csv contains every evaluation.",
         "",
         "Each run:",
         "",
@@ -205,7 +205,7 @@ def report_of(script, command, runs, goal):
 
 
 def draw(script, runs, goal):
-    """One line, the interquartile mean, in its interval; the seeds are thin lines behind it.
+    """One line, the interquartile mean, with its interval; the seeds are thin lines behind it.
 
     Returns the matplotlib figure.
     """
@@ -250,7 +250,7 @@ def main():
     parser.add_argument("--goal", type=float, help="return that the final evaluation should reach")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--record", type=Path, help="folder of the record")
-    parser.add_argument("flags", nargs="*", help="behind --: flags of the script")
+    parser.add_argument("flags", nargs="*", help="after --: flags of the script")
     args = parser.parse_args()
     path = ROOT / "algos" / f"{args.script}.py"
     if not path.exists():

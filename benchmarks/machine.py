@@ -18,11 +18,11 @@ GPU_PACKAGES = "torchrl tensordict jax flashbax"
 
 
 def clean_commit() -> str:
-    """The full hash of the checked-out commit; exits if the files are not those of the commit.
+    """The full hash of the checked-out commit. Exits if the files differ from the commit.
 
-    Changed tracked files count, and untracked files under algos/, csrc/, benchmarks/ and tests/.
-    Files under benchmarks/records/ do not: they are results. Outside a git repository the
-    environment variable COMMIT must name the commit, by its full hash.
+    A difference is a changed tracked file, or an untracked file under algos/, csrc/, benchmarks/ or
+    tests/. Files under benchmarks/records/ are results and are ignored. Outside a git repository
+    the environment variable COMMIT must be the full hash of the commit.
     """
     try:
         top = git("rev-parse", "--show-toplevel")
@@ -54,13 +54,13 @@ def clean_commit() -> str:
 
 
 def git(*words: str) -> str:
-    """What a git command prints in the repository's folder."""
+    """The output of a git command in the repository's folder."""
     run = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True)
     return run.stdout.rstrip()
 
 
 def commit_of(checkout: str) -> str | None:
-    """The full hash of a peer's checkout, with -dirty if its files differ; None without one."""
+    """The full hash of a peer's checkout, with -dirty if files differ; None if there is none."""
     if not checkout:
         return None
     words = ["git", "-C", checkout, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
@@ -68,10 +68,10 @@ def commit_of(checkout: str) -> str | None:
 
 
 def quote(words) -> str:
-    """A command as one pastes it into a shell in the repository's folder.
+    """A command that can be pasted into a shell in the repository's folder.
 
-    Paths inside the repository become relative to it. Of other absolute paths only the last part
-    is kept.
+    Paths inside the repository become relative to it. Other absolute paths are shortened to their
+    last part.
     """
     return shlex.join(option(word) for word in words)
 
@@ -89,7 +89,7 @@ def portable(word: str) -> str:
 
 
 def describe() -> dict:
-    """Date, command, commit, versions, processor, memory and GPU; exits as `clean_commit` does."""
+    """Date, command, commit, versions, processor, memory and GPU. Exits like `clean_commit`."""
     info = {
         "date": datetime.date.today().isoformat(),
         "command": quote(["python", *sys.argv]),

@@ -1,23 +1,23 @@
-"""Agent steps per second while learning: CleanQ beside CleanRL and Stable-Baselines3.
+"""Agent steps per second while learning: CleanQ, CleanRL and Stable-Baselines3.
 
     python benchmarks/throughput.py --task atari --cleanrl ../cleanrl \\
         --record benchmarks/records/2026-01-01_throughput_atari
 
 All sides learn the same environment with the same network, batch size, update frequency, target
 period and epsilon, on the same number of CPU threads. They take turns, `--repeats` times, each turn
-in a process of its own. A turn is measured for about `--seconds`, which begin `--warm-up` seconds
-after its first step, and not before it learns. A 64 MiB memcpy before each turn shows how much the
-machine's speed drifts. Without --record the tool prints the table and keeps nothing.
+in its own process. A turn is measured for about `--seconds`. The measurement begins `--warm-up`
+seconds after the first step, and not before learning begins. A 64 MiB memcpy before each turn shows
+how much the machine's speed drifts. Without --record the tool only prints the table.
 
 `--variants` are the flags of CleanQ's turns, one string for each side: "num_envs=8 bfloat16=True".
 The word `script=NAME` chooses the file in algos/.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
-TensorBoard files. Where they compile their update, --warm-up must be longer than that takes.
+TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
 
-CleanRL is a checkout of github.com/vwxyzjn/cleanrl. Its scripts expect gymnasium 0.29, so the names
-that 1.x changed are set back here. They run without their log of episodes, whose format has changed
-as well.
+CleanRL is a checkout of github.com/vwxyzjn/cleanrl. Its scripts expect gymnasium 0.29, so this tool
+restores the names that 1.x changed. The scripts run without their log of episodes, whose format has
+changed, too.
 """
 
 import argparse
@@ -56,11 +56,11 @@ TASKS = {
     },
 }
 EPSILON = 0.01
-STARTUP_SECONDS = 120  # a turn that takes longer to make its first step is given up
+STARTUP_SECONDS = 120  # a turn whose first step takes longer is aborted
 
 
 class TurnFailed(Exception):
-    """A turn that gave no rate; the message is one line that says why."""
+    """A turn without a result; the message gives the reason in one line."""
 
 
 def flags_of(options):
@@ -103,7 +103,7 @@ def time_cleanq(args, variant, folder):
             time.sleep(0.05)
         try:
             process.wait(args.warm_up + args.seconds)
-        except subprocess.TimeoutExpired:  # it is to run until it is interrupted
+        except subprocess.TimeoutExpired:  # expected: it runs until it is interrupted
             process.send_signal(signal.SIGINT)
             process.wait(60)
         else:
@@ -144,7 +144,7 @@ def rate_of(times, learning, warm_up, seconds):
     return (last_step - first_step) / (end - start)
 
 
-# ---- the peers, each in a process of its own ---------------------------------------------------
+# ---- the peers, each in its own process --------------------------------------------------------
 
 
 class Clock:
@@ -168,7 +168,7 @@ class Clock:
         elif now >= self.start[1] + self.seconds:
             rate = (self.step - self.start[0]) / (now - self.start[1])
             print(json.dumps({"steps_per_second": rate}), flush=True)
-            os._exit(0)  # the peers have no common way to be stopped
+            os._exit(0)  # there is no common way to stop the peers
 
 
 def run_cleanrl(task, clock, folder, atari):
@@ -236,7 +236,7 @@ def run_sb3(task, clock, atari):
 
 
 def be_peer(args):
-    """One turn of a peer, in this process."""
+    """Runs one turn of a peer in this process."""
     import torch
 
     torch.set_num_threads(args.threads)

@@ -33,7 +33,7 @@ LEFT_OUT = pytest.StashKey[dict]()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what this machine cannot run, and count it."""
+    """Deselects the tests that this machine cannot run, and counts them."""
     kept, left_out = [], {"a CUDA GPU": [], "instructions that this processor lacks": []}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
         elif not all(map(has_instructions, instructions)):
             left_out["instructions that this processor lacks"].append(item)
         elif instructions and any(value.startswith("cuda") for value in values):
-            pass  # instructions of the CPU mean nothing to a GPU
+            pass  # CPU instructions do not affect a GPU
         else:
             kept.append(item)
     items[:] = kept
@@ -57,7 +57,7 @@ def has_instructions(name):
     try:
         from fastreplay import _cpu
     except ImportError:
-        return True  # its tests say what is missing
+        return True  # the tests report what is missing
     best = _cpu.instruction_set()
     try:
         _cpu.use_instruction_set(name)
@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def emulation(monkeypatch):
-    """device="cuda" means the emulation, to fastreplay and to torch."""
+    """Makes device="cuda" the emulation, for fastreplay and for torch."""
     from fastreplay import _device
 
     try:
@@ -89,7 +89,7 @@ def emulation(monkeypatch):
 
 
 def on_cuda(request, backend, cls):
-    """`cls` on the device that a parameter of CUDA names, its results on the CPU."""
+    """`cls` on the device of a CUDA parameter, with its results on the CPU."""
     if backend == "cuda-emulated":
         request.getfixturevalue("emulation")
     return lambda *args, **options: emulated.OnHost(cls(*args, **options, device="cuda"))
@@ -112,14 +112,14 @@ def cartpole(request):
 
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
-    """Run in an empty folder, so that `runs/` lands there."""
+    """Runs the test in an empty folder, where `runs/` is created."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def own_handlers():
-    """A script's main() takes over Ctrl-C and threading.excepthook: give them back to pytest."""
+    """A script's main() takes over Ctrl-C and threading.excepthook: this restores pytest's."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     hook = threading.excepthook

@@ -1,4 +1,4 @@
-"""fastreplay's CUDA module for tests, on a GPU or on an emulation that needs none.
+"""fastreplay's CUDA module for tests, on a GPU or on an emulation on the CPU.
 
 python tests/emulated.py FOLDER    compiles csrc/cuda for the CPU (tests/cuda_emulation) into
                                    FOLDER, with the flags in CFLAGS and LDFLAGS, and prints the path
@@ -61,7 +61,7 @@ def build(folder):
 
 
 class Cuda:
-    """The emulated GPU: its streams and graphs, and torch's work on it."""
+    """The emulated GPU: its streams, its graphs, and torch's operations on it."""
 
     def __init__(self, module):
         self.library = library = ctypes.CDLL(module)
@@ -70,7 +70,7 @@ class Cuda:
         library.emulation_waits.restype = ctypes.c_int64
         self.current = None  # the current stream; None is the default one
         self.capturing = False
-        self.tensors = 0  # allocated so far
+        self.tensors = 0  # number of tensors allocated so far
         self.dead = []  # memory of deleted tensors, which enqueued work may still use
 
     def stream(self):
@@ -140,7 +140,7 @@ class Cuda:
 
 
 class RealCuda:
-    """The same on a GPU."""
+    """The same interface on a GPU."""
 
     def stream(self):
         return torch.cuda.Stream()
@@ -149,7 +149,7 @@ class RealCuda:
         return torch.cuda.stream(stream or torch.cuda.default_stream())
 
     def slowly(self):
-        torch.cuda._sleep(50_000_000)  # some tens of milliseconds
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds
 
     def synchronize(self):
         torch.cuda.current_stream().synchronize()
@@ -180,7 +180,8 @@ class RealCuda:
 
 
 class OnDevice(torch.Tensor):
-    """A tensor whose device is cuda:0. Its memory is on the CPU; only EmulatedDevice uses it."""
+    """A tensor that reports cuda:0 as its device. Its memory is on the CPU; only EmulatedDevice
+    accesses it."""
 
     @staticmethod
     def __new__(cls, memory, dead):
@@ -248,7 +249,7 @@ class EmulatedDevice(TorchFunctionMode):
         result = func(*bare_args, **{k: v for k, v in bare.items() if k != "device"})
         if to == "cpu":
             return result
-        if func in (torch.empty, torch.zeros):  # garbage, until the zeros are written
+        if func in (torch.empty, torch.zeros):  # garbage until the zeros are written
             result.untyped_storage().fill_(0xA5)
         same = {id(x.memory): x for x in on_device} | {id(x): x for x in tensors}
 
@@ -275,7 +276,7 @@ def cuda() -> Cuda:
 
 
 class OnHost:
-    """A replay or a tree on CUDA that returns results on the CPU and raises errors at once."""
+    """Wraps a replay or a tree on CUDA: results are on the CPU and errors are raised at once."""
 
     RESULTS = ("sample", "draw", "gather", "drawable", "find", "get", "weights")
 

@@ -6,8 +6,8 @@ UNIT = 2**20  # the leaf of priority 1
 
 
 class OracleReplay:
-    """A replay that keeps the whole history of every game, with the stacks as the environment
-    returned them, and derives the transitions that can be drawn from their definition."""
+    """A replay that keeps the whole history of every game, with the stacks that the environment
+    returned, and derives the drawable transitions from their definition."""
 
     def __init__(self, capacity, num_envs=1, stack=4, n_step=1, gamma=0.99):
         self.rows, self.num_envs, self.stack = capacity // num_envs, num_envs, stack
@@ -22,7 +22,7 @@ class OracleReplay:
             self.history[game].append(row)
 
     def transitions(self):
-        """{flat index: (obs, action, return, next_obs, discount)} of all rows that can be drawn."""
+        """{flat index: (obs, action, return, next_obs, discount)} of all drawable rows."""
         found = {}
         for game, history in enumerate(self.history):
             for t in range(max(len(history) - self.rows, 0), len(history)):
@@ -63,9 +63,9 @@ class OracleReplay:
 
 
 class OraclePriorities:
-    """The integer leaf of every row of an OracleReplay: 0 if it cannot be drawn, and the largest
-    leaf seen if it has become drawable. A row that has replaced an older one takes priorities once
-    it has been drawn: until then they are those of the older row."""
+    """The integer leaf of every row of an OracleReplay: 0 if the row is not drawable, and the
+    largest leaf so far when it becomes drawable. A row that has replaced an older one takes
+    priorities only after it has been drawn: until then they belong to the older row."""
 
     def __init__(self, reference, alpha=1.0, epsilon=1e-6):
         self.reference, self.alpha, self.epsilon = reference, alpha, epsilon
@@ -73,7 +73,7 @@ class OraclePriorities:
         self.drawn = set()  # (flat index, row number)
 
     def rows(self):
-        """(flat index, row number) of all rows that can be drawn; rows are numbered from 0."""
+        """(flat index, row number) of all drawable rows; rows are numbered from 0."""
         end, rows = len(self.reference.history[0]), self.reference.rows
         return [(i, end - 1 - (end - 1 - i % rows) % rows) for i in self.reference.transitions()]
 
@@ -117,7 +117,7 @@ class TreeOracle:
 
 
 def find(leaves, target):
-    """The leaf under a target in [0, sum(leaves))."""
+    """The leaf that owns a target in [0, sum(leaves))."""
     for index, leaf in enumerate(leaves):
         if target < leaf:
             return index
@@ -143,7 +143,7 @@ def philox(counter, key):
 
 
 def random64(seed, call, sample, attempt=0):
-    """The 64 random bits of an attempt at a sample of a call."""
+    """The 64 random bits of one attempt for one sample of a call."""
     word = 2**32 - 1
     x = philox((sample, attempt, call & word, call >> 32), (seed & word, seed >> 32))
     return x[1] << 32 | x[0]
@@ -166,7 +166,7 @@ def conv2d(x, weight, bias, stride):
 
 
 def q_values(state_dict, obs):
-    """The action values of either network from its weights alone, in float64."""
+    """The action values of either network, computed from its weights in float64."""
     w = [np.asarray(v, np.float64) for v in state_dict.values()]
     if w[0].ndim == 4:
         x = obs.astype(np.float64) / 255
@@ -203,7 +203,7 @@ def loss_of(errors, kind):
 def perceptron_gradients(weights, obs, d_q):
     """Backpropagation through linear, ReLU, linear, ReLU, linear.
 
-    `weights`: [W1, b1, W2, b2, W3, b3]; d_q (B, A): the loss's derivative by the action values.
+    `weights`: [W1, b1, W2, b2, W3, b3]; d_q (B, A): gradient of the loss by the action values.
     -> gradients in the order of the weights
     """
     activations = [obs.astype(np.float64)]

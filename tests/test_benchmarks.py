@@ -1,4 +1,4 @@
-"""The tools in benchmarks/: what a record may be made from, what it holds, and its figures."""
+"""The tools in benchmarks/: when a record may be written, its contents, and its figures."""
 
 import csv
 import itertools
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-# A script with the command line, the output and the TensorBoard files of those in algos/, which
-# trains in no time. Seed 13 fails.
+# A script with the command line, the output and the TensorBoard files of those in algos/, but
+# without training. Seed 13 fails.
 SCRIPT = """
 import argparse, pathlib, signal, time
 from tensorboard.compat.proto.event_pb2 import Event
@@ -165,7 +165,7 @@ def test_a_change_during_the_measurement_leaves_no_record(repository, change):
     script.write_text(SCRIPT + code)
     git(repository, "commit", "-aqm", "a script that changes the checkout")
     done = run(repository, *LEARNING, "--seeds", 1, "--record", "record")
-    assert done.returncode != 0 and "| 1 | 300 |" in done.stdout  # measured, and printed
+    assert done.returncode != 0 and "| 1 | 300 |" in done.stdout  # it was measured and printed
     assert ("commit or stash" if change == "an edit" else "went from commit") in done.stderr
     assert not (repository / "record").exists()
 
@@ -181,7 +181,7 @@ def test_outside_a_repository_the_commit_is_given(repository, tmp_path):
     assert machine["commit"] == given["COMMIT"]
 
 
-def test_a_folder_inside_another_repository_is_no_repository(repository):
+def test_a_folder_inside_another_repository_is_not_a_repository(repository):
     shutil.rmtree(repository / ".git")
     git(repository.parent, "init", "-q")
     git(repository.parent, "add", "-A")
@@ -192,7 +192,7 @@ def test_a_folder_inside_another_repository_is_no_repository(repository):
 
 @pytest.mark.parametrize("where", [".", "benchmarks", ".."])
 def test_the_command_can_be_pasted(repository, where):
-    """It starts in the repository's folder, whatever folder the tool was started from."""
+    """It starts in the repository's folder, even if the tool was started in another folder."""
     cwd = (repository / where).resolve()
     tool = repository / "benchmarks" / "learning.py"
     words = [tool if where == ".." else os.path.relpath(tool, cwd), "--script", "script"]
@@ -211,7 +211,7 @@ def test_the_command_can_be_pasted(repository, where):
     assert str(repository.parent) not in page + results
 
 
-def test_what_a_record_of_learning_holds(repository):
+def test_the_contents_of_a_learning_record(repository):
     words = [*LEARNING, "--env-id", "Acrobot-v1", "--seeds", 5, 3, 9, "--goal", 34, "--jobs", 2]
     done = run(repository, *words, "--record", "record", "--", "--total-timesteps", 400)
     assert done.returncode == 0, done.stderr
@@ -238,8 +238,8 @@ def test_what_a_record_of_learning_holds(repository):
     assert results["machine"]["commit"] == commit and len(results["runs"]) == 3
 
 
-def test_the_goal_is_of_the_final_evaluation(repository):
-    """Seed 1 passes 21 before its end and ends below."""
+def test_the_goal_applies_to_the_final_evaluation(repository):
+    """Seed 1 exceeds 21 during the run and ends below it."""
     script = repository / "algos" / "script.py"
     script.write_text(SCRIPT.replace("+ args.seed\n", "- (step == 300 and args.seed == 1) * 20\n"))
     done = run(repository, *LEARNING, "--seeds", 1, 2, "--goal", 20)
@@ -249,7 +249,7 @@ def test_the_goal_is_of_the_final_evaluation(repository):
     assert "0 of 1 seed reach" in done.stdout and "| never |  |" in done.stdout
 
 
-def test_a_run_that_fails_ends_the_tool_with_its_last_lines(repository):
+def test_a_failed_run_ends_the_tool_with_its_last_lines(repository):
     done = run(repository, *LEARNING, "--seeds", 1, 13, 2, "--record", "record")
     assert done.returncode != 0 and not (repository / "record").exists()
     assert done.stderr.splitlines() == [
@@ -260,7 +260,7 @@ def test_a_run_that_fails_ends_the_tool_with_its_last_lines(repository):
     ]
 
 
-def test_a_run_without_a_final_evaluation_is_no_result(repository):
+def test_a_run_without_a_final_evaluation_is_an_error(repository):
     script = repository / "algos" / "script.py"
     script.write_text(SCRIPT.replace('print(f"{args.env_id}, step', 'print(f"step'))
     done = run(repository, *LEARNING, "--seeds", 1)
@@ -277,7 +277,7 @@ def test_interquartile_mean(n):
 
 
 def test_bootstrap_interval():
-    """Beside all 5^5 resamples of five seeds."""
+    """Compared with all 5^5 resamples of five seeds."""
     from learning import bootstrap_interval, interquartile_mean
 
     seeds = np.random.default_rng(0).normal(size=(5, 2))
@@ -300,13 +300,13 @@ def test_labels_keep_their_order_and_their_mean():
         middles = np.array(spread(heights, sizes))
         gaps = np.diff(middles) - (sizes[1:] + sizes[:-1]) / 2
         assert (gaps > -1e-9).all()
-        # no shift of all labels is nearer to what they want
+        # no shift of all labels is closer to their wanted heights
         assert abs((middles - heights).mean()) < 1e-9
     assert spread([0.1, 0.5, 0.9], [0.2, 0.2, 0.2]) == pytest.approx([0.1, 0.5, 0.9])
 
 
 def check_labels(figure):
-    """No legend, and labels beside the axes that do not touch each other."""
+    """There is no legend, and the labels beside the axes do not overlap."""
     from matplotlib.text import Text
 
     figure.canvas.draw()
@@ -340,14 +340,14 @@ def test_curves_meet_at_common_steps():
 
 
 def test_throughput_reads_the_scripts_log():
-    """The first 30 entries are 100 steps apart, later ones 50; each after 0.1 s."""
+    """The first 30 entries are 100 steps apart, later ones 50. They are 0.1 s apart."""
     from throughput import TurnFailed, rate_of
 
     steps = np.cumsum([100] * 30 + [50] * 40)
     times = [(0.1 * i, step) for i, step in enumerate(steps.tolist())]
     assert rate_of(times, times[5:], warm_up=3.0, seconds=3.9) == pytest.approx(500)
     assert rate_of(times, times, warm_up=0.0, seconds=6.9) > 600
-    # before the 36th entry it does not learn
+    # learning begins at the 36th entry
     assert rate_of(times, times[35:], warm_up=0.0, seconds=3.4) == pytest.approx(500)
     for learning, warm_up in (([], 3.0), (times, 6.0)):
         with pytest.raises(TurnFailed, match="raise --warm-up"):
@@ -355,7 +355,7 @@ def test_throughput_reads_the_scripts_log():
 
 
 def test_a_record_of_throughput(repository):
-    """The script's clock is in its log: 500 steps a second after the warm-up."""
+    """The times are those in the script's log: 500 steps per second after the warm-up."""
     words = ["--alone", "--variants", "script=script", "--repeats", 2, "--seconds", 1]
     words = ["benchmarks/throughput.py", *words, "--warm-up", 1]
     done = run(repository, *words, "--record", "record")
@@ -368,7 +368,7 @@ def test_a_record_of_throughput(repository):
     )
 
 
-def test_throughput_without_a_rate_is_no_record(repository):
+def test_throughput_without_a_rate_writes_no_record(repository):
     script = repository / "algos" / "script.py"
     script.write_text("print('error: --device must be cpu (it is cuda).')\nraise SystemExit(1)")
     git(repository, "commit", "-aqm", "a script that fails")
@@ -397,7 +397,7 @@ def frames_rows():
 
 
 def test_the_buffer_figures():
-    """The project is drawn in one strong colour, every peer in grey."""
+    """CleanQ is drawn in one strong colour, every peer in grey."""
     from buffer_peers import PEERS
     from buffers import figures
     from figures import OWN, PEER
@@ -439,7 +439,7 @@ def test_a_record_of_buffers(repository):
 
 
 def test_the_table_of_records():
-    """Every record has a row, and those from a dirty checkout say so on top and in the table."""
+    """Every record has a row. Records from a dirty checkout say so at the top and in the table."""
     page = (ROOT / "benchmarks" / "README.md").read_text()
     rows = dict(re.findall(r"^\| \[(\S+)\]\(records/\1\) (\|.*)$", page, re.MULTILINE))
     assert set(rows) == {folder.name for folder in RECORDS.iterdir()}

@@ -1,6 +1,6 @@
-"""What only a replay on CUDA has: arguments on the GPU, latched errors, streams, graphs.
+"""What is specific to a replay on CUDA: arguments on the GPU, latched errors, streams, graphs.
 
-That it draws and builds the same as the CPU is tested in test_sum_tree.py and test_frame_replay.py.
+Draws and batches are compared with the CPU's in test_sum_tree.py and test_frame_replay.py.
 Tests marked `gpu` need a GPU; the others run on the emulation too.
 """
 
@@ -41,12 +41,12 @@ def cuda(device, request):
     """The GPU's streams and graphs, or those of the emulation."""
     emulated = request.node.callspec.params["device"] != "cuda"
     yield request.getfixturevalue("emulation") if emulated else RealCuda()
-    if not emulated:  # a capture that failed leaves its stream behind
+    if not emulated:  # after a failed capture, its stream is still the current one
         torch.cuda.set_stream(torch.cuda.default_stream())
 
 
 def equal(first, second):
-    """Whether tensors have equal values, on whichever device they are."""
+    """Whether tensors on any devices have equal values."""
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
 
 
@@ -64,7 +64,7 @@ def tensors(row, device):
 
 
 def pair(capacity=600, frame_shape=(2, 2), steps=50, num_envs=2, seed=0, **options):
-    """A replay on the CPU and one on CUDA that are given the same rows."""
+    """A replay on the CPU and one on CUDA, with the same rows."""
     replays = [
         FrameReplay(capacity, frame_shape, num_envs, device=where, **options)
         for where in ("cpu", "cuda")
@@ -137,7 +137,7 @@ def test_the_last_duplicate_wins_in_any_order(device, n):
         indices, priorities = rng.integers(0, 7, n) * 100, rng.random(n)
         cpu.set(indices, priorities)
         cuda.set(*tensors((indices, priorities), device))
-        twin.set(indices, priorities)  # through the staging, in pieces if it is large
+        twin.set(indices, priorities)  # through the staging slots, in pieces if it is large
         assert equal([cpu.state_dict()["leaves"]], [cuda.state_dict()["leaves"]])
         assert equal([cpu.state_dict()["leaves"]], [twin.state_dict()["leaves"]])
     cuda.check_valid()
@@ -166,7 +166,7 @@ def test_an_error_is_latched_until_check_and_changes_nothing(device, call, words
     assert equal(cpu.sample(32), cuda.sample(32))
 
 
-def test_a_sample_that_cannot_be_made_is_zeros(device):
+def test_a_sample_that_cannot_be_built_is_zeros(device):
     _, cuda = pair(400, steps=40, prioritized=True)
     good = cuda.draw(1)
     batch = cuda.gather(torch.cat([good, torch.tensor([10**9, 399], device=device)]))
@@ -304,7 +304,7 @@ FAULTS = [
 def test_the_self_check_finds_a_gpu_that_computes_something_else(
     device, monkeypatch, method, fault, words
 ):
-    """A fault is planted in memory after each call of a method; without one, nothing is found."""
+    """A fault is written to memory after each call of a method; without a fault, none is found."""
     calls = 0
 
     def faulty(replay, *arguments):
@@ -321,7 +321,7 @@ def test_the_self_check_finds_a_gpu_that_computes_something_else(
     monkeypatch.setattr(_device, "_self_checks", {})
     problem = fastreplay.cuda_problem()
     assert words in problem and bool(problem) == bool(words) and "\n" not in problem
-    monkeypatch.setattr(_self_check, "difference", None)  # it runs once for each GPU
+    monkeypatch.setattr(_self_check, "difference", None)  # it runs only once for each GPU
     for make in (lambda: SumTree(9, device="cuda"), lambda: FrameReplay(9, (2,), device="cuda")):
         if words:
             with pytest.raises(RuntimeError, match=f"self-check failed.*{words}"):
@@ -393,7 +393,7 @@ def test_staging_waits_until_torch_has_zeroed_its_memory(cuda):
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_each_launch_of_a_graph_draws_anew_and_equals_eager_calls(cuda, prioritized):
+def test_each_launch_of_a_graph_continues_the_draws_and_equals_eager_calls(cuda, prioritized):
     shape = (4, 8)
     cpu, replay = pair(600, shape, steps=200, prioritized=prioritized)
     out, errors = replay._empty_batch(32), torch.zeros(32, device="cuda")
@@ -467,8 +467,8 @@ def test_what_cannot_be_captured_is_refused(cuda):
     assert equal_states(before | {"calls": 1}, replay.state_dict())
 
 
-def test_a_capture_leaves_other_streams_alone(cuda):
-    """One replay is given data of the CPU, and waits, during a graph capture of another."""
+def test_a_capture_does_not_affect_other_replays(cuda):
+    """One replay gets data from the CPU, and waits, while another one is captured in a graph."""
     cpu, replay = pair(60, steps=20)
     _, other = pair(60, steps=20)
     games, side = Games(2, np.random.default_rng(1)), cuda.stream()
@@ -511,7 +511,7 @@ def test_nothing_allocates_or_waits(cuda):
 
 
 def test_streams_used_in_any_order(cuda):
-    """Each call is delayed on its own stream; the next one, on another, still sees its effect."""
+    """Each call is delayed on its own stream; the next call, on another stream, sees its effect."""
     cpu, replay = pair(60, (4, 8), steps=20, prioritized=True)
     streams = [cuda.stream() for _ in range(3)] + [None]
     games, rng = Games(2, np.random.default_rng(5)), np.random.default_rng(5)
@@ -542,7 +542,8 @@ def test_streams_used_in_any_order(cuda):
 
 
 def test_launches_of_graphs_and_other_calls_on_any_streams(cuda):
-    """The learner is a graph, the actor in half of the steps; the caller orders no streams."""
+    """The learner is a graph, and in half of the steps the actor, too. The caller does not
+    synchronise streams."""
     cpu, replay = pair(60, (4, 8), steps=40, prioritized=True, n_step=2)
     streams = [cuda.stream() for _ in range(3)] + [None]
     out = replay._empty_batch(32)
@@ -618,7 +619,7 @@ def test_a_replay_may_be_deleted_before_its_work_is_done(cuda):
     for options in ({}, {"storage": "host"}, {"prioritized": True}):
         _, replay = pair(200, (4, 8), steps=20, **options)
         rng = np.random.default_rng(0)
-        replay.sample(1)  # the first call waits to find out whether there is something to draw
+        replay.sample(1)  # the first call waits to check that a row is drawable
         cuda.slowly()
         for _ in range(6):
             replay.add(frames_of(rng, shape=(4, 8)), *Games(2, rng).step()[1:])
@@ -649,7 +650,7 @@ def test_runs_are_bit_identical(cuda):
 
 @pytest.mark.gpu
 def test_threads_that_use_one_replay():
-    """One thread adds on a stream of its own while another samples and waits."""
+    """One thread adds on a separate stream while another samples and waits."""
     _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
     rng, stream, stop = np.random.default_rng(0), torch.cuda.Stream(), threading.Event()
     rows = [(frames_of(rng), *Games(2, rng).step()[1:]) for _ in range(50)]

@@ -1,4 +1,4 @@
-"""The scripts are one family: a child differs from its parent only where the table says.
+"""The scripts are one family: a child differs from its parent only as the table allows.
 
 The pieces of a file are its top-level statements, by name (`td_loss`, `FrameReplay`), and the
 methods of `Run` (`Run.log`). A piece that a child shares with its parent has the same text in both,
@@ -17,19 +17,19 @@ import pytest
 ALGOS = Path(__file__).parent.parent / "algos"
 LINE = "# " + "=" * 98  # opens and closes the comment between the algorithm and the machinery
 TOP = 170  # lines above it
-SPLIT = "Run"  # the class whose methods are pieces of their own
+SPLIT = "Run"  # the class whose methods are separate pieces
 
 
 class Member(NamedTuple):
     parent: str | None
     own: set[str]  # pieces that may differ from the parent's, or are not in it
-    changed: int | None  # most lines that a diff with the parent may show, docstring apart
-    lines: int  # most lines in all
-    top: int = TOP  # most lines above the line
+    changed: int | None  # maximum of lines in a diff with the parent, without the docstring
+    lines: int  # maximum of lines in total
+    top: int = TOP  # maximum of lines above the line
 
 
-# Lines in all. The contract of the project says 560 and 720. These files have more, because each
-# of them says in one line what is wrong with its input, its checkpoint, its disk or its terminal.
+# Lines in total. The limits of the project are 560 and 720. These files have more, because each of
+# them reports problems with its input, its checkpoint, its disk or its terminal in one line.
 VECTORS, ATARI = 740, 980
 OF_ATARI = {
     *(
@@ -73,7 +73,7 @@ def pieces(source: str) -> list[tuple[str, str]]:
     nodes = []
     for node in ast.parse(source).body:
         if name_of(node) == SPLIT:
-            first = node.body[0]  # the docstring: it closes the piece that opens the class
+            first = node.body[0]  # the docstring ends the piece that begins the class
             nodes += [(SPLIT, first), *((f"{SPLIT}.{name_of(n)}", n) for n in node.body[1:])]
         else:
             nodes.append((name_of(node), node))
@@ -81,7 +81,7 @@ def pieces(source: str) -> list[tuple[str, str]]:
     for name, node in nodes:
         text = "".join(lines[start : node.end_lineno])
         start = node.end_lineno
-        if LINE in text:  # the comment below the algorithm, which names it, is a piece too
+        if LINE in text:  # the comment below the algorithm, which names it, is a piece, too
             comment, text = text[: text.rindex(LINE)], text[text.rindex(LINE) :]
             found.append(("line", comment))
         found.append((name, text))
@@ -89,7 +89,7 @@ def pieces(source: str) -> list[tuple[str, str]]:
 
 
 def synced(name: str) -> str:
-    """The file as it should be: what it shares with its parent as the parent has it."""
+    """The file as it should be: shared pieces have the text of its parent."""
     parent, own = FAMILY[name].parent, FAMILY[name].own | {"docstring", "line"}
     theirs = dict(pieces(read(parent))) if parent else {}
     return "".join(
@@ -98,7 +98,7 @@ def synced(name: str) -> str:
 
 
 def changed_lines(name: str) -> int:
-    """Lines that a diff with the parent shows, the docstrings apart."""
+    """Lines in a diff with the parent, without the docstrings."""
     own, theirs = (
         "".join(text for piece, text in pieces(read(n)) if piece not in ("docstring", "line"))
         for n in (name, FAMILY[name].parent)
@@ -124,12 +124,12 @@ def test_shared_pieces_are_the_parents(name):
 def test_a_child_has_its_parents_pieces_and_its_own(name):
     member, names = FAMILY[name], [piece for piece, _ in pieces(read(name))]
     parents = [piece for piece, _ in pieces(read(member.parent))]
-    assert len(names) == len(set(names)), "two pieces of one name"
+    assert len(names) == len(set(names)), "two pieces have the same name"
     assert set(names) - set(parents) <= member.own, "pieces that the table does not list"
     if member.changed is not None:
         assert [piece for piece in names if piece in parents] == parents, "missing, or reordered"
         assert changed_lines(name) <= member.changed
-    assert member.own <= set(names), "the table lists pieces that are not there"
+    assert member.own <= set(names), "the table lists pieces that do not exist"
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -142,7 +142,7 @@ def test_parent_and_size(name):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_algorithm_stands_above_the_line(name):
+def test_the_algorithm_is_above_the_line(name):
     names = [piece for piece, _ in pieces(read(name))]
     above = names[: names.index("line")]
     assert {"Args", "Batch", "QNetwork", "td_loss", "epsilon_at", "act", "main"} <= set(above)
@@ -158,7 +158,7 @@ def test_no_script_imports_another(name):
             assert not {part for name in imported for part in name.split(".")} & set(FAMILY)
 
 
-def test_sync_repairs_what_drifted(tmp_path, monkeypatch):
+def test_sync_repairs_changed_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ALGOS", tmp_path)
     originals = {p.name: p.read_text() for p in Path(__file__).parent.parent.glob("algos/*.py")}
     for file, source in originals.items():
@@ -178,7 +178,7 @@ def test_sync_repairs_what_drifted(tmp_path, monkeypatch):
 
 
 def sync() -> list[str]:
-    """Repair every file; -> the names of those that were changed."""
+    """Repairs every file. -> the names of the changed files"""
     changed = []
     for name in FAMILY:  # parents first
         if read(name) != synced(name):

@@ -1,7 +1,7 @@
 """Every replay against an oracle that stores whole stacks, byte for byte.
 
 The backends are parameters of the same tests: the NumPy class of the scripts, and fastreplay's.
-Frames are stamped with (game, episode, step), so a stale or foreign frame cannot pass.
+Frames are stamped with (game, episode, step), so that stale or wrong frames are detected.
 """
 
 import copy
@@ -91,7 +91,7 @@ class Games:
 
 
 def adversarial(num_envs, rng):
-    """Arguments of one add() with random flags, as no environment would give them."""
+    """Arguments of one add() with random flags that no environment would produce."""
     frames = rng.integers(0, 256, (num_envs, 2, 2), dtype=np.uint8)
     actions = rng.integers(0, 18, num_envs)
     rewards = rng.normal(size=num_envs).astype(np.float32)
@@ -99,7 +99,7 @@ def adversarial(num_envs, rng):
 
 
 class Pair:
-    """A replay and an oracle that are given the same steps, the oracle with whole stacks."""
+    """A replay and an oracle that get the same steps; the oracle gets whole stacks."""
 
     def __init__(self, make_replay, rows, options, spare=0, **more):
         n = options["num_envs"]
@@ -132,7 +132,7 @@ class Pair:
             assert batch.discounts[i].numpy() == np.float32(discount)
 
     def check(self):
-        """The same rows are drawable, and every transition is the oracle's. -> transitions"""
+        """Compares the drawable rows and every transition with the oracle's. -> transitions"""
         expected = self.oracle.transitions()
         everything = np.arange(self.oracle.num_envs * self.oracle.rows)
         drawable = np.flatnonzero(np.asarray(self.replay.drawable(everything)))
@@ -197,7 +197,7 @@ def test_any_history_gives_the_batches_of_the_oracle(make_replay, options, rows,
 def test_priorities_follow_the_oracle(make_fast, options, rows, seed, stratified, data):
     rng = np.random.default_rng(seed)
     n = options["num_envs"]
-    alpha = data.draw(st.sampled_from([1.0, 0.0, 2.0]))  # exact in numpy too
+    alpha = data.draw(st.sampled_from([1.0, 0.0, 2.0]))  # exact in NumPy, too
     per = {"prioritized": True, "per_alpha": alpha, "per_epsilon": 0.25, "stratified": stratified}
     pair = Pair(make_fast, rows, options, seed=seed, **per)
     priorities = OraclePriorities(pair.oracle, alpha, epsilon=0.25)
@@ -206,7 +206,7 @@ def test_priorities_follow_the_oracle(make_fast, options, rows, seed, stratified
         for _ in range(data.draw(st.integers(0, 6))):
             pair.add(*games.step())
             priorities.after_add()
-        # Random rows, with duplicates; those that cannot be drawn must keep a leaf of 0.
+        # Random rows, with duplicates; those that are not drawable must keep a leaf of 0.
         indices = rng.integers(0, rows * n, data.draw(st.integers(0, 12)))
         td_errors = (rng.integers(-8, 9, len(indices)) / 4).astype(np.float32)
         pair.replay.update_priorities(indices, td_errors)
@@ -273,10 +273,10 @@ def test_a_priority_of_a_row_overwritten_since_its_draw_is_dropped(make_fast):
     after = leaves_of(replay)
     assert after[:4] == before[:4] == [2**20] * 3 + [0]  # row 3 is the newest: not drawable
     assert set(after[4:9]) == {8 << 20}
-    assert replay.max_priority == 8.0  # all of them count for it
+    assert replay.max_priority == 8.0  # it includes all of them
 
 
-def test_a_row_takes_priorities_once_it_was_drawn_itself(make_fast):
+def test_a_new_row_takes_priorities_after_it_was_drawn(make_fast):
     for look in (lambda r: r.sample(200), lambda r: r.draw(200), lambda r: r.gather([0, 1, 2])):
         replay = steady(make_fast, steps=14)
         replay.update_priorities(np.arange(10), np.full(10, 7.5))
@@ -286,14 +286,14 @@ def test_a_row_takes_priorities_once_it_was_drawn_itself(make_fast):
         assert leaves_of(replay)[:3] == [8 << 20] * 3
 
 
-def test_rows_of_the_first_lap_take_priorities_undrawn(make_fast):
-    """An actor may set the priorities of what it adds."""
+def test_rows_that_replace_no_older_row_take_priorities_undrawn(make_fast):
+    """An actor may set the priorities of the rows that it adds."""
     replay = steady(make_fast)
     replay.update_priorities(np.arange(9), np.full(9, 7.5))
     assert set(leaves_of(replay)[:9]) == {8 << 20}
 
 
-def test_what_was_drawn_is_saved(make_fast):
+def test_a_state_includes_which_rows_were_drawn(make_fast):
     replay = steady(make_fast, steps=14)
     replay.gather([0])
     twin = steady(make_fast, steps=0)
@@ -308,7 +308,7 @@ def test_max_priority_is_that_of_new_rows(make_fast):
     assert replay.max_priority == 1.0
     replay.update_priorities([0], np.array([4.0]))
     assert replay.max_priority == pytest.approx((4 + 1e-6) ** 0.5, abs=2**-20)
-    replay.update_priorities([0], np.array([0.25]))  # it never falls
+    replay.update_priorities([0], np.array([0.25]))  # it never decreases
     replay.add(*arguments(n=1).values())
     assert leaves_of(replay)[9] == replay.max_priority * 2**20
     with pytest.raises(RuntimeError, match="prioritized=True"):
@@ -331,7 +331,7 @@ def test_a_single_drawable_row_among_many_is_found(make_fast):
     one = np.zeros((1, 1), np.uint8), np.zeros(1, np.int64), np.zeros(1, np.float32)
     false, true = np.zeros(1, bool), np.ones(1, bool)
     for t in range(5000):
-        replay.add(*one, false, false if t == 3210 else true)  # else: a final observation
+        replay.add(*one, false, false if t == 3210 else true)  # otherwise a final observation
     assert set(replay.draw(50).tolist()) == {3209}
 
 
@@ -372,8 +372,8 @@ def test_scaled_outputs_equal_those_of_torch(
     _cpu.use_instruction_set(instructions)
     options = {"capacity": 60, "frame_shape": shape, "stack": stack}
     plain = filled(make_fast, **options)
-    # 2^-20 gives subnormal float16; -9 gives products halfway between two 16-bit numbers, and turns
-    # zeros into -0, also those before the frame that opens an episode.
+    # 2^-20 gives subnormal float16. -9 gives products halfway between two 16-bit numbers and turns
+    # zeros into -0, including the blank frames before the start of an episode.
     for n_step, scale in ((1, 1 / 255), (2, 2.0**-20), (1, -9.0)):
         plain = filled(make_fast, n_step=n_step, **options)
         other = filled(
@@ -440,7 +440,7 @@ def read_only(array):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", [list, tuple, np.int32, torch.int32, read_only])
-def test_rows_that_are_only_read_may_be_any_integers(make_fast, kind):
+def test_rows_may_be_any_integers(make_fast, kind):
     replay, twin = (filled(make_fast, 40, steps=30, prioritized=True) for _ in range(2))
     plain = np.asarray(replay.draw(8))
     if isinstance(kind, torch.dtype):
@@ -472,7 +472,7 @@ def test_rows_that_are_only_read_may_be_any_integers(make_fast, kind):
         ([-1], IndexError),
     ],
 )
-def test_rows_that_are_no_integers_are_refused(make_fast, rows, error):
+def test_rows_that_are_not_integers_are_refused(make_fast, rows, error):
     replay, twin = (filled(make_fast, 40, steps=30, prioritized=True) for _ in range(2))
     for call in (replay.gather, replay.drawable, lambda r: replay.update_priorities(r, np.ones(1))):
         with pytest.raises(error):
@@ -481,7 +481,7 @@ def test_rows_that_are_no_integers_are_refused(make_fast, rows, error):
 
 
 @pytest.mark.parametrize("field", range(7))
-def test_an_output_that_is_read_only_is_refused(make_cpp, field):
+def test_a_read_only_output_is_refused(make_cpp, field):
     replay, twin = (filled(make_cpp, 40, steps=30) for _ in range(2))
     out = [tensor.numpy().copy() for tensor in replay._empty_batch(8)]
     out[field].setflags(write=False)
@@ -527,7 +527,7 @@ def test_a_replay_can_be_pickled_and_copied(make_fast, options, copied):
 
 
 @pytest.mark.parametrize("num_envs, n_step, stack", [(1, 1, 1), (3, 1, 4), (2, 3, 8), (1, 5, None)])
-def test_the_least_capacity_holds_a_transition(make_fast, num_envs, n_step, stack):
+def test_the_smallest_capacity_has_room_for_a_transition(make_fast, num_envs, n_step, stack):
     options = {"num_envs": num_envs, "n_step": n_step, "stack": stack}
     words = rf"at least {2 * num_envs} .*num_envs = {num_envs}.*n_step \+ stack"
     with pytest.raises(ValueError, match=words):
@@ -539,9 +539,9 @@ def test_the_least_capacity_holds_a_transition(make_fast, num_envs, n_step, stac
 
 
 def test_a_wait_for_the_lock_lets_other_threads_run(make_cpp):
-    """While one thread copies a large batch, a thread that adds waits without the GIL."""
+    """While one thread copies a large batch, another thread waits in add() without the GIL."""
     replay = filled(make_cpp, 100, frame_shape=(84, 84), threads=1, output_dtype=torch.float32)
-    out = replay._empty_batch(2000)  # some 100 ms
+    out = replay._empty_batch(2000)  # about 100 ms
     row = list(arguments(frames=np.zeros((2, 84, 84), np.uint8)).values())
     ticks, stop, interval = 0, threading.Event(), sys.getswitchinterval()
 
@@ -574,7 +574,7 @@ def test_a_wait_for_the_lock_lets_other_threads_run(make_cpp):
     assert during > 0
 
 
-def test_threads_change_nothing(make_cpp):
+def test_batches_do_not_depend_on_the_number_of_threads(make_cpp):
     options = {"capacity": 200, "frame_shape": (84, 84), "prioritized": True}
     replays = [filled(make_cpp, threads=threads, **options) for threads in (1, 2, 5, None)]
     for _ in range(20):
@@ -584,7 +584,7 @@ def test_threads_change_nothing(make_cpp):
 
 
 def test_several_python_threads_may_use_one_replay(make_cpp):
-    """One thread overwrites a small ring while others copy from it: no batch holds a torn frame."""
+    """One thread overwrites a small ring while others copy from it: no batch has a torn frame."""
     replay = filled(make_cpp, 60, steps=0, frame_shape=(84, 84), prioritized=True, threads=3)
     games, errors, learners_done = Games(2, np.random.default_rng(0)), [], threading.Event()
 
@@ -627,7 +627,7 @@ def test_several_python_threads_may_use_one_replay(make_cpp):
 def test_a_child_process_continues_the_draws(make_cpp, threads):
     replay = filled(make_cpp, 200, frame_shape=(84, 84), threads=threads)
     twin = filled(make_cpp, 200, frame_shape=(84, 84), threads=1)
-    replay.sample(64)  # starts the threads, which the child will not have
+    replay.sample(64)  # starts the threads, which the child does not have
     twin.sample(64)
     reader, writer = os.pipe()
     child = os.fork()
@@ -642,8 +642,8 @@ def test_a_child_process_continues_the_draws(make_cpp, threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_process_has_a_replay_of_its_own(make_cpp):
-    """Torch's OpenMP threads stay in the parent: a child that waited for them would hang."""
+def test_a_child_process_can_use_its_copy_of_a_replay(make_cpp):
+    """Torch's OpenMP threads exist only in the parent: a child that waits for them hangs."""
     torch.ones(10**7).sum()  # starts them
     child = os.fork()
     if child == 0:
@@ -802,7 +802,7 @@ def test_priorities_of_a_uniform_replay(make_fast):
         ({"threads": 0}, ValueError),
     ],
 )
-def test_what_cannot_be_built(make_fast, options, error):
+def test_invalid_options_are_refused(make_fast, options, error):
     with pytest.raises(error, match=[*options][-1].replace("memory_format", "channels_last")):
         make_fast(**({"capacity": 40, "frame_shape": (2, 2)} | options))
 
@@ -822,8 +822,8 @@ def broken(**changes):
     "damage, words",
     [
         (lambda state: {}, "lacks"),
-        (lambda state: None, "is a dict, not NoneType"),
-        (lambda state: [state], "is a dict, not list"),
+        (lambda state: None, "must be a dict, not NoneType"),
+        (lambda state: [state], "must be a dict, not list"),
         (lambda state: {k: v for k, v in state.items() if k != "frames"}, "lacks: frames"),
         (broken(stack=3), "stack 3"),
         (broken(frame_shape=[4, 1]), "frame_shape"),
@@ -871,7 +871,7 @@ def test_memory_per_transition(make_fast):
     assert sum(tensor.nbytes for tensor in tensors) / 10_000 <= 7056 + 24
 
 
-def test_torch_without_the_exchange_table_is_read_by_attributes():
+def test_tensors_without_the_exchange_table_are_read_through_attributes():
     """torch before 2.10 has no __dlpack_c_exchange_api__."""
     code = """if True:
         import torch

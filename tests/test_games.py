@@ -1,4 +1,4 @@
-"""What the Atari scripts make of the games: the protocol, and each known mistake."""
+"""How the Atari scripts play the games: the protocol, and each known mistake."""
 
 import functools
 
@@ -15,7 +15,7 @@ NOOPS_OFF = {"noop_max": 0, "use_fire_reset": False}
 
 def play(envs, steps, rng, n_actions=None, replay=None, reference=None):
     """Play random actions -> a list of (obs, actions, rewards, terminations, truncations, infos
-    after the step). A `replay` gets what the scripts give it."""
+    after the step). A `replay` gets the same rows as from the scripts."""
     obs, starts = envs.reset()
     log, n_actions = [], n_actions or envs.n_actions
     for _ in range(steps):
@@ -23,7 +23,7 @@ def play(envs, steps, rng, n_actions=None, replay=None, reference=None):
         held = obs.copy()
         envs.send(actions)
         next_obs, rewards, terminations, truncations, infos = envs.recv()
-        assert (held == obs).all(), "the games wrote into an observation that was handed out"
+        assert (held == obs).all(), "the games wrote into a returned observation"
         clipped = np.clip(rewards, -1, 1)
         if replay is not None:
             replay.add(obs[:, -1], actions, clipped, terminations, starts)
@@ -55,7 +55,7 @@ def compare_all(replay, reference):
     "env_id", ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "ALE/Seaquest-v5"]
 )
 def test_rebuilt_stacks_equal_what_the_games_returned(env_id):
-    """5,000 steps of the real game, in a ring that wraps, with n-step returns."""
+    """5,000 steps of the real game with n-step returns, in a ring that wraps around."""
     n, capacity = 4, 4 * 900
     options = {"num_envs": n, "n_step": 3}
     replay = m.FrameReplay(capacity, (84, 84), **options)
@@ -68,7 +68,8 @@ def test_rebuilt_stacks_equal_what_the_games_returned(env_id):
 
 
 def test_frames_equal_gymnasiums_preprocessing():
-    """The same actions through AtariPreprocessing, where the protocols agree: bit for bit."""
+    """The same actions with AtariPreprocessing give the same frames, bit for bit, as far as the
+    protocols agree."""
     pytest.importorskip("cv2")
     for env_id in ("BreakoutNoFrameskip-v4", "PongNoFrameskip-v4"):
         envs = m.make_envs(env_id, 1, 0, **NOOPS_OFF)
@@ -89,7 +90,7 @@ def test_frames_equal_gymnasiums_preprocessing():
         assert compared > 100
 
 
-def test_a_lost_life_terminates_and_the_game_goes_on():
+def test_a_lost_life_terminates_and_the_game_continues():
     log = play(m.make_envs("BreakoutNoFrameskip-v4", 4, 2), 700, np.random.default_rng(1))
     lost = over = 0
     for (*_, terminations, _, infos), (*_, after) in zip(log, log[1:]):
@@ -102,11 +103,11 @@ def test_a_lost_life_terminates_and_the_game_goes_on():
                 over += 1
                 assert after["episode_starts"][game]
                 assert after["lives"][game] == 5
-    assert lost > 3 * over > 0  # five lives a game: four are lost before the last
+    assert lost > 3 * over > 0  # five lives per game: four are lost before the last
 
 
-def test_games_are_counted_whole_and_unclipped():
-    """Seaquest pays 20 a shark: clipped, or counted by life, the sums would not agree."""
+def test_returns_are_of_whole_games_and_unclipped():
+    """Seaquest pays 20 per shark: clipped or per-life returns would not agree."""
     log = play(m.make_envs("ALE/Seaquest-v5", 4, 0), 1200, np.random.default_rng(1))
     sums, counts, checked = np.zeros(4), np.zeros(4, int), 0
     for _, _, rewards, _, _, infos in log:
@@ -123,7 +124,7 @@ def test_games_are_counted_whole_and_unclipped():
 
 
 def test_a_truncated_game_bootstraps_from_its_true_last_frame():
-    """The frame cap cuts a game: its last frame has a row of its own, the discount stays gamma."""
+    """The frame limit ends a game: its last frame has its own row, and the discount is gamma."""
     n, options = 2, {"max_num_frames_per_episode": 200, **NOOPS_OFF}
     replay = m.FrameReplay(600, (84, 84), n)
     reference = oracle.OracleReplay(600, n)
@@ -137,13 +138,13 @@ def test_a_truncated_game_bootstraps_from_its_true_last_frame():
         assert batch.discounts[0] == np.float32(0.99)
         assert np.array_equal(batch.next_obs[0].numpy(), log[t + 1][0][0])
         assert log[t + 1][5]["episode_starts"][0]
-        assert not replay.drawable(np.array([t + 1]))[0], "the ignored step is no transition"
+        assert not replay.drawable(np.array([t + 1]))[0], "the ignored step is not a transition"
         assert not np.array_equal(batch.next_obs[0].numpy(), log[t + 2][0][0])
 
 
 def test_a_life_lost_on_the_very_last_frame_still_opens_a_new_game():
-    """ALE reports `terminated` with lives left and resets all the same when the frame cap falls on
-    a lost life; only the frame number tells."""
+    """If the frame limit is reached at a lost life, ALE reports `terminated` with lives left, and
+    resets nevertheless. Only the frame number shows it."""
     envs = m.make_envs("BreakoutNoFrameskip-v4", 1, 3)
     log = play(envs, 400, np.random.default_rng(4))
     t = next(t for t, e in enumerate(log) if e[3][0] and e[5]["lives"][0] > 0)
@@ -156,17 +157,17 @@ def test_a_life_lost_on_the_very_last_frame_still_opens_a_new_game():
 
 
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Pong-v5"])
-def test_games_go_on_where_a_checkpoint_stood(env_id, monkeypatch):
-    """Also across fresh seeds, with sticky actions, and with games of different age."""
+def test_games_continue_from_a_checkpoint(env_id, monkeypatch):
+    """Also with new seeds, with sticky actions, and with games of different ages."""
     rng, n = np.random.default_rng(0), 3
     envs = m.make_envs(env_id, n, 7)
     envs.reset()
     for step in range(900):
-        if step in (200, 201, 450):  # as if their histories had grown long
+        if step in (200, 201, 450):  # as if their histories were long
             envs.histories[step % n] *= 30
         envs.send(rng.integers(4, size=n))
         envs.recv()
-    # a seed replaced at a reset leaves a history that is exactly the actions since
+    # if the seed is replaced at a reset, the history is exactly the actions since then
     held = None
     while held is None or any(len(h) > 5000 for h in envs.histories):
         envs.send(rng.integers(4, size=n))
@@ -194,8 +195,9 @@ def test_seeds_give_the_same_and_different_games():
     assert not np.array_equal(logs[0][:, 0], logs[0][:, 1])
 
 
-def test_ids_stand_for_their_sticky_actions():
-    """v5 repeats the last action with chance 0.25: the same actions part from the v4 game's."""
+def test_ids_determine_the_sticky_actions():
+    """v5 repeats the last action with probability 0.25: with the same actions, its game differs
+    from the v4 game."""
     films = {}
     for env_id in ("PongNoFrameskip-v4", "ALE/Pong-v5"):
         log = play(m.make_envs(env_id, 1, 1, **NOOPS_OFF), 200, np.random.default_rng(0))
@@ -221,11 +223,11 @@ def test_evaluation_plays_whole_games_with_its_own_epsilon(atari):
     again, same_actions = evaluate((1, 7))
     assert moved.tolist() == again.tolist() and actions == same_actions
     _, other_actions = evaluate((1, 8))
-    assert actions != other_actions, "another step plays other games"
+    assert actions != other_actions, "evaluations at another step play other games"
 
 
 def test_a_film_is_the_first_game_of_its_evaluation():
-    """As many pictures as the game has observations, and the game's own return."""
+    """It has one picture per observation of the game, and the same return."""
     args = m.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=3, eval_e=1.0)
     seed = (1, 7)
     envs = m.make_envs(args.env_id, 3, seed)
@@ -247,7 +249,7 @@ def test_ids_that_skip_a_random_number_of_frames_are_refused(env_id):
         m.make_envs(env_id, 1, 1)
 
 
-def test_every_other_id_is_played_as_it_says():
+def test_every_other_id_is_played_as_named():
     import ale_py  # registers the ids
 
     refused = 0

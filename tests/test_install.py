@@ -10,8 +10,8 @@ import pytest
 
 
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="needs a compiler")
-def test_fastreplay_is_compiled_where_there_is_a_compiler():
-    """Otherwise all tests of fastreplay would be skipped unnoticed."""
+def test_fastreplay_is_compiled_if_there_is_a_compiler():
+    """Otherwise all tests of fastreplay would be skipped without notice."""
     import fastreplay
 
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -20,8 +20,8 @@ def test_fastreplay_is_compiled_where_there_is_a_compiler():
 
 
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="needs a compiler")
-def test_the_cuda_kernels_are_tested_where_there_is_a_compiler():
-    """Otherwise all tests of the kernels would be skipped unnoticed."""
+def test_the_cuda_kernels_are_tested_if_there_is_a_compiler():
+    """Otherwise all tests of the kernels would be skipped without notice."""
     assert emulated.load().SumTree.slots(33) == 64 + 32
 
 

@@ -1,7 +1,7 @@
 """The tuned CUDA kernels against the plain ones of csrc/cuda/reference.cu, bit for bit.
 
-Two replays (or trees) on one device get the same calls, one with each set of kernels. On the
-emulation, and on a GPU where there is one.
+Two replays (or trees) on one device get the same calls, one with each set of kernels, on the
+emulation and, if there is one, on a GPU.
 """
 
 import importlib
@@ -27,7 +27,7 @@ SHAPES = ((1, 1), (2, 2), (3, 5), (4, 4), (7, 9), (8, 16), (5, 16))  # 1 to 128 
 
 @pytest.fixture(params=CUDA)
 def module(request):
-    """The compiled module of a device; its tuned kernels are in use again after the test."""
+    """The compiled module of a device. Selects its tuned kernels again after the test."""
     if request.param == "cuda-emulated":
         request.getfixturevalue("emulation")
         module = importlib.import_module("emulated._cuda")
@@ -46,8 +46,8 @@ def cuda(module, request):
 
 
 class Both:
-    """The same object twice. `call` makes a call on each with its own kernels and compares what is
-    returned or raised."""
+    """Two equal objects. `call` makes a call on each with its own kernels and compares what the
+    calls return or raise."""
 
     def __init__(self, module, make):
         self.module = module
@@ -79,7 +79,7 @@ class Both:
 
 
 def flat(state):
-    """The values of a state_dict, tensors of each game included."""
+    """The values of a state_dict, including the tensors of each game."""
     values = []
     for value in state.values():
         values += value if isinstance(value, list) else [value]
@@ -133,7 +133,7 @@ def row_of_zeros(start=True, action=0):
 
 
 def rows_of(rng, num_envs, shape):
-    """Arguments of add() for ever, of random frames: games for 20 rows, then flags at random."""
+    """Arguments of add() without end, with random frames: games for 20 rows, then random flags."""
     games = Games(num_envs, rng)
     for step in range(10**9):
         row = games.step() if step // 20 % 2 == 0 else adversarial(num_envs, rng)
@@ -160,7 +160,7 @@ def test_replays_are_bit_identical(module, seed):
         drawn = both.call(lambda r, n=n: r.draw(n))
         if both.check() is None and torch.is_tensor(drawn):
             some = drawn.cpu()
-            some[-1] = int(rng.integers(-1, size + 1))  # one at most that is not drawable
+            some[-1] = int(rng.integers(-1, size + 1))  # at most one that is not drawable
             some = some.cuda()
             both.call(lambda r, some=some: r.gather(some))
             failed += both.check() is not None
@@ -175,7 +175,7 @@ def test_replays_are_bit_identical(module, seed):
 
 
 def test_few_drawable_rows_are_counted(module):
-    """Three drawable rows among 3000: attempts rarely find one, so that rows are counted."""
+    """Three drawable rows among 3000: attempts rarely find one, so rows are counted instead."""
 
     def make():
         replay = FrameReplay(3000, (2, 2), device="cuda", stack=1, seed=3)
@@ -186,7 +186,7 @@ def test_few_drawable_rows_are_counted(module):
     both, rows = Both(module, make), [20, 24, 30]
     assert both.objects["tuned"].drawable(np.arange(40)).cpu().nonzero().flatten().tolist() == rows
     state = both.objects["tuned"].state_dict()
-    for name in ("frames", "actions", "rewards", "flags"):  # 2960 more rows that nobody can draw
+    for name in ("frames", "actions", "rewards", "flags"):  # 2960 more rows that are not drawable
         last = state[name][0][-1:]
         state[name] = [torch.cat([state[name][0], *[last] * 2960])]
     state |= {"stored": 3000, "head": 0}
@@ -262,15 +262,15 @@ def test_a_graph_of_reference_kernels_draws_what_eager_calls_draw(module, cuda):
 
     learn(eager)
     launch = cuda.captured(lambda: learn(captured, out))
-    module.use_kernels("tuned")  # a graph keeps the kernels that it was captured with
+    module.use_kernels("tuned")  # a graph keeps the kernels of its capture
     for _ in range(5):
         launch()
         assert_same_bits(learn(eager), out)
     assert_same_bits(flat(eager.state_dict()), flat(captured.state_dict()))
 
 
-def test_the_switch_selects_other_launches(module, emulation, request):
-    """Counted on the emulation: a tuned call is one launch, a reference call the steps of it."""
+def test_use_kernels_changes_the_launches(module, emulation, request):
+    """Counted on the emulation: a tuned call is one launch, a reference call several."""
     if request.node.callspec.params["module"] != "cuda-emulated":
         pytest.skip("launches are counted on the emulation")
     replay = FrameReplay(60, (2, 2), prioritized=True, device="cuda")
@@ -325,7 +325,7 @@ def test_an_unknown_name_is_refused(module):
     assert module.use_kernels("reference") == "tuned"
 
 
-# Trees whose sums, and rings whose counts, do not hold: nothing but foreign code can leave them so.
+# Trees with wrong sums, and rings with wrong counts: only other code can damage them like this.
 
 
 @pytest.mark.parametrize("capacity", [20, 40, 1500, 39_990])
@@ -335,7 +335,7 @@ def test_a_damaged_tree_draws_no_row_and_is_reported(module, capacity, damage):
         tree = SumTree(capacity, device="cuda")
         tree.set(np.arange(capacity), np.ones(capacity))
         if damage == "a sum too large" and capacity > 32:
-            tree._inner[0] = 50 << 20  # the first 32 leaves hold 32 << 20
+            tree._inner[0] = 50 << 20  # the sum of the first 32 leaves is 32 << 20
         else:
             tree._leaves[-1] = 50 << 20  # padding of the last node
             tree.rebuild()
@@ -358,7 +358,7 @@ def test_a_sample_from_a_damaged_tree_is_zeros(module):
         replay = FrameReplay(40, (2, 2), stack=1, prioritized=True, device="cuda")
         for step in range(30):
             replay.add(*row_of_zeros(start=False, action=step + 1))
-        replay._tree._inner[0] = 2000 << 20  # nearly all targets fall beyond the leaves
+        replay._tree._inner[0] = 2000 << 20  # nearly all targets are beyond the leaves
         return replay
 
     both = Both(module, make)

@@ -1,4 +1,4 @@
-"""Whole trainings: `python -m pytest -m slow`, and on a machine with a GPU `-m gpu`."""
+"""Whole training runs: `python -m pytest -m slow`, and `-m gpu` on a machine with a GPU."""
 
 import pytest
 import torch

@@ -15,8 +15,8 @@ EVENTS = ["step"] * 6 + ["life lost", "terminated", "truncated"]
 class World:
     """Random games, added step by step to a replay and to the oracle.
 
-    A frame is stamped with (game, episode, t, noise), so that a stale one or one from another
-    episode cannot pass for the right one.
+    A frame is stamped with (game, episode, t, noise), so that a stale frame or one from another
+    episode is not mistaken for the right one.
     """
 
     def __init__(self, replay, reference, rng, frames=True):
@@ -103,7 +103,7 @@ def test_frame_replay_equals_the_oracle(num_envs, rows, stack, n_step, seed, sto
     restored.load_state_dict(replay.state_dict())
     world.replay = restored
     world.check()
-    for events in story[:7]:  # and it goes on as the first one would have
+    for events in story[:7]:  # it continues like the first one
         world.step(events[:num_envs])
     world.check()
 
@@ -113,8 +113,8 @@ vectors = st.lists(st.integers(1, 4), min_size=1, max_size=40)
 
 @settings(max_examples=80, deadline=None)
 @given(capacity=st.integers(4, 30), counts=vectors, seed=st.integers(0, 2**31))
-def test_vector_replay_holds_the_newest_transitions(capacity, counts, seed):
-    """Every transition is a field of numbers that name it: nothing is mixed up or stale."""
+def test_vector_replay_keeps_the_newest_transitions(capacity, counts, seed):
+    """The values of a transition identify it, so mixed or stale transitions are detected."""
     script, device = load("dqn_cartpole"), torch.device("cpu")
     replay, written = script.Replay(capacity, 2, device), []
     for n in counts:
@@ -162,7 +162,7 @@ def filled(n_step=1, seed=0, steps=400):
 
 
 @pytest.mark.parametrize("n_step", [1, 3])
-def test_draws_are_uniform_over_all_that_can_be_drawn(n_step):
+def test_draws_are_uniform_over_the_drawable_rows(n_step):
     world = filled(n_step)
     keys = np.array(sorted(world.reference.transitions()))
     counts = np.bincount(world.replay.draw(200_000), minlength=300)
@@ -191,7 +191,7 @@ def test_memory_of_a_transition():
     assert sum(a.nbytes for a in arrays) / rows <= 7200
 
 
-def test_a_capacity_that_holds_no_transition_is_refused():
+def test_a_capacity_too_small_for_a_transition_is_refused():
     make = load("dqn_atari").FrameReplay
     with pytest.raises(ValueError, match="capacity of 3 is below 2 rows for each of 2 games"):
         make(3, (4,), num_envs=2)

@@ -1,4 +1,4 @@
-"""The scripts as a person runs them: checkpoints, resume, Ctrl-C, logs, films, and bad input."""
+"""The scripts as users run them: checkpoints, resume, Ctrl-C, logs, films, and bad input."""
 
 import dataclasses
 import os
@@ -51,7 +51,7 @@ def small(name):
 
 
 def flags(options):
-    """{"total_timesteps": 3} -> ["--total-timesteps", "3"]; True and False become switches"""
+    """{"total_timesteps": 3} -> ["--total-timesteps", "3"]; booleans become switches"""
     command = []
     for key, value in options.items():
         flag = key.replace("_", "-")
@@ -73,7 +73,7 @@ def main_in_process(script, options, monkeypatch):
 
 
 def started(name, options, cwd, **kwargs):
-    """A run in the background, once it has said where it writes; -> (process, its folder)"""
+    """Starts a run in the background. -> (process, its folder), once it has printed the folder"""
     command = [sys.executable, str(ALGOS / f"{name}.py"), *flags(options)]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
     process = subprocess.Popen(command, cwd=cwd, **settings)
@@ -93,7 +93,7 @@ def checkpoint_of(folder):
 
 
 def refused(name, options, monkeypatch):
-    """The line with which a script refuses its command line."""
+    """The line that a script prints when it refuses its command line."""
     with pytest.raises(SystemExit) as left:
         main_in_process(load(name), options, monkeypatch)
     line = left.value.code
@@ -102,7 +102,7 @@ def refused(name, options, monkeypatch):
 
 
 def same(a, b):
-    """Whether two nests of dicts, lists and tensors are equal to the bit."""
+    """Whether two nested structures of dicts, lists and tensors are equal, bit for bit."""
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -121,9 +121,8 @@ def resume_cases():
 
 @pytest.mark.parametrize(("name", "changes"), [*resume_cases()])
 def test_resumed_run_ends_with_the_same_weights(name, changes, in_tmp, monkeypatch):
-    """Stopped at a checkpoint with its replay and resumed: bit for bit the unbroken run.
-
-    The other files share the loop and Run, piece by piece (test_family)."""
+    """A run stopped at a checkpoint with its replay and then resumed equals an uninterrupted run,
+    bit for bit. The other files have the same loop and Run (test_family)."""
     script = load(name)
     kept, save = [], script.save_checkpoint
 
@@ -167,7 +166,7 @@ def test_same_seed_same_run_and_another_seed_another(cartpole, in_tmp, monkeypat
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
-def test_resume_without_replay_fills_it_anew(in_tmp):
+def test_resume_without_replay_refills_it(in_tmp):
     options = small("dqn_cartpole") | {"total_timesteps": 1600}
     first = run("dqn_cartpole", options, in_tmp)
     assert first.returncode == 0, first.stderr
@@ -176,7 +175,7 @@ def test_resume_without_replay_fills_it_anew(in_tmp):
     again = run("dqn_cartpole", {"resume": path, "total_timesteps": 2600}, in_tmp)
     assert again.returncode == 0, again.stderr
     assert torch.load(path, weights_only=True)["global_step"] == 2600
-    assert len(list(in_tmp.glob("runs/*"))) == 1, "a resumed run goes on in its own folder"
+    assert len(list(in_tmp.glob("runs/*"))) == 1, "a resumed run continues in its own folder"
 
 
 def test_a_checkpoint_without_its_replay_resumes_with_any_buffer(in_tmp, monkeypatch):
@@ -190,8 +189,8 @@ def test_a_checkpoint_without_its_replay_resumes_with_any_buffer(in_tmp, monkeyp
 
 
 @pytest.mark.parametrize("name", [CARTPOLE[0], ATARI[0]])
-def test_an_evaluation_needs_nothing_but_the_network(name, in_tmp, monkeypatch, capsys):
-    """Not the saved run's memory, replay, GPU, W&B or steps, and it may be of another machine."""
+def test_an_evaluation_needs_only_the_network(name, in_tmp, monkeypatch, capsys):
+    """Not the saved run's memory, replay, GPU, W&B or steps. It may be from another machine."""
     script = load(name)
     options = small(name) | {"checkpoint_replay": True, "total_timesteps": 800}
     main_in_process(script, options | {"eval_episodes": 0}, monkeypatch)
@@ -225,8 +224,8 @@ def test_evaluations_play_new_seeds_each_time_and_reproducibly(in_tmp, monkeypat
     main_in_process(script, {"evaluate": checkpoint_of(in_tmp)}, monkeypatch)
     main_in_process(script, {"evaluate": checkpoint_of(in_tmp), "seed": 5}, monkeypatch)
     *during, last, again, other = seeds
-    assert len({seed for seed, _ in [*during, last, other]}) == 4, "three evaluations, and another"
-    assert again == last, "the checkpoint is that of the last evaluation"
+    assert len({seed for seed, _ in [*during, last, other]}) == 4, "three evaluations and another"
+    assert again == last, "the checkpoint is from the last evaluation"
 
 
 def test_the_final_evaluation_can_be_left_out(in_tmp):
@@ -274,7 +273,7 @@ def test_run_evaluate_and_logs(name, in_tmp):
     tags = scalars(path.parent)
     wanted = {"charts/SPS", "charts/epsilon", "charts/hours", "eval/episodic_return"}
     assert wanted | {"losses/td_loss", "losses/q_values"} <= set(tags)
-    if name == "ddqn_cartpole":  # every episode, and CartPole pays 1 a step
+    if name == "ddqn_cartpole":  # every episode; CartPole's reward is 1 per step
         assert "charts/mean_return_100" in tags
         returns, lengths = tags["charts/episodic_return"], tags["charts/episodic_length"]
         assert [e.value for e in returns] == [e.value for e in lengths]
@@ -290,7 +289,7 @@ def test_run_evaluate_and_logs(name, in_tmp):
         ("dqn_cartpole", signal.SIGHUP),
     ],
 )
-def test_a_signal_saves_and_prints_the_command_that_goes_on(name, number, in_tmp):
+def test_a_signal_saves_and_prints_the_resume_command(name, number, in_tmp):
     options = small(name) | {"total_timesteps": 10**8, "checkpoint_frequency": 0}
     process, _ = started(name, options | {"exp_name": "it's mine"}, in_tmp)
     time.sleep(1)
@@ -307,7 +306,7 @@ def test_a_signal_saves_and_prints_the_command_that_goes_on(name, number, in_tmp
     assert resumed.returncode == 0, resumed.stderr
 
 
-def test_a_hangup_that_nohup_ignores_stops_nothing(in_tmp):
+def test_a_hangup_that_nohup_ignores_does_not_stop_a_run(in_tmp):
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -322,7 +321,7 @@ def test_a_hangup_that_nohup_ignores_stops_nothing(in_tmp):
 
 
 def handles_hangup(process):
-    """Whether a process has taken over SIGHUP (Linux), as a run does once it is set up."""
+    """Whether a process has a handler for SIGHUP (Linux), as a run has once it is set up."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = int(status.split("SigCgt:")[1].split()[0], 16)
     return caught >> (signal.SIGHUP - 1) & 1
@@ -345,7 +344,7 @@ def test_ctrl_c_ends_an_evaluation_with_one_line(in_tmp):
 
 
 def test_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(in_tmp):
-    """kill -9 at random moments of a run that does little else than write checkpoints."""
+    """kill -9 at random moments of a run that writes checkpoints nearly all the time."""
     options = small("dqn_cartpole") | {"total_timesteps": 10**8, "buffer_size": 200_000}
     options |= {"checkpoint_frequency": 20, "checkpoint_replay": True, "eval_frequency": 0}
     command = [sys.executable, str(ALGOS / "dqn_cartpole.py"), *flags(options)]
@@ -368,7 +367,7 @@ def test_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(in_tmp):
     assert len(steps) > 1
 
 
-def test_the_first_line_says_what_runs_and_where(in_tmp):
+def test_the_first_line_describes_the_run(in_tmp):
     command = [sys.executable, str(ALGOS / "ddqn_atari.py")]
     process = subprocess.Popen(
         command, cwd=in_tmp, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -394,7 +393,7 @@ def test_every_evaluation_is_filmed(name, in_tmp, monkeypatch, capsys):
 
 
 def test_a_film_shows_one_episode():
-    """As many pictures as observations, and the last one is the final observation's."""
+    """It has one picture per observation, and the last one shows the final observation."""
     script, seed = load("dqn_cartpole"), (1, 7)
     args = script.RunArgs(eval_episodes=3, eval_e=1.0)
     torch.manual_seed(1)
@@ -485,14 +484,14 @@ def test_limits_of_the_replay_and_the_games(options, message, in_tmp, monkeypatc
     assert not (in_tmp / "runs").exists()
 
 
-def test_limits_hold_where_memory_is_ample(in_tmp, monkeypatch):
+def test_the_limit_of_rows_applies_even_with_enough_memory(in_tmp, monkeypatch):
     monkeypatch.setattr(load("dqn_atari"), "free_memory", lambda: 2**50)
     line = refused("dqn_atari", {"buffer_size": 140_000_000}, monkeypatch)
     assert f"at most {2**27}" in line
 
 
-def test_the_least_that_is_accepted_runs(in_tmp, monkeypatch):
-    """The smallest replay and the earliest start can always be drawn from."""
+def test_the_smallest_accepted_settings_run(in_tmp, monkeypatch):
+    """Batches can be drawn with the smallest replay and the earliest start."""
     script = load("dqn_atari")
     options = {"buffer_size": 104, "learning_starts": 16, "total_timesteps": 1200}
     options |= {"eval_episodes": 0, "train_frequency": 40, "torch_threads": 1}
@@ -523,7 +522,7 @@ def test_cleanrls_commands(words, expected, monkeypatch):
 
 
 def test_an_algorithms_own_arguments(monkeypatch):
-    """A child's arguments may be negative or zero; its rules stand in its Args."""
+    """A child's arguments may be negative or zero; its rules are in its Args."""
     script = load("dqn_cartpole")
 
     @dataclasses.dataclass
@@ -614,7 +613,7 @@ def test_damaged_and_foreign_files_are_refused(whole, in_tmp, monkeypatch):
     content = path.read_bytes()
     line = refused("ddqn_cartpole", {"resume": path}, monkeypatch)
     assert "written by dqn_cartpole.py" in line
-    # a flipped bit in the middle of the first weights: torch alone would load it
+    # a flipped bit in the middle of the first weights, which torch alone would load
     weight = torch.load(path, weights_only=True)["q_network"]["features.2.weight"]
     at = content.index(weight.numpy().tobytes()[:64])
     flipped = bytearray(content)
@@ -642,10 +641,10 @@ def test_a_folder_that_cannot_be_written(in_tmp):
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(script, in_tmp, capsys):
     path = in_tmp / "checkpoint.pt"
-    path.with_suffix(".partial").mkdir()  # no file can be opened there
+    path.with_suffix(".partial").mkdir()  # no file can be opened at this path
     assert not script.save_checkpoint(path, {"a": torch.zeros(3)})
     output = capsys.readouterr().err
-    assert "checkpoint.pt not written (is a directory)\n" in output, "there is none to keep"
+    assert "checkpoint.pt not written (is a directory)\n" in output, "there is no old one"
     path.with_suffix(".partial").rmdir()
     assert script.save_checkpoint(path, {"a": torch.zeros(3)})
     before = path.read_bytes()
@@ -679,8 +678,8 @@ def test_a_full_disk(in_tmp):
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
-def test_closed_outputs_stop_nothing(closed, in_tmp):
-    """Closed from the start, as by `>&-`."""
+def test_closed_outputs_do_not_stop_a_run(closed, in_tmp):
+    """Outputs that are closed from the start, as by `>&-`."""
     redirect = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-"}[closed]
     command = [sys.executable, str(ALGOS / "dqn_cartpole.py"), *flags(small("dqn_cartpole"))]
     shell = f"{shlex.join(command)} {redirect}"
@@ -690,7 +689,7 @@ def test_closed_outputs_stop_nothing(closed, in_tmp):
 
 
 @pytest.mark.parametrize("full", ["stdout", "stderr", "both"])
-def test_full_outputs_stop_nothing(full, in_tmp):
+def test_full_outputs_do_not_stop_a_run(full, in_tmp):
     command = [sys.executable, str(ALGOS / "dqn_cartpole.py"), *flags(small("dqn_cartpole"))]
     with open("/dev/full", "w") as nowhere:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -700,8 +699,8 @@ def test_full_outputs_stop_nothing(full, in_tmp):
     assert torch.load(checkpoint_of(in_tmp), weights_only=True)["global_step"] == 3000
 
 
-def test_a_reader_that_leaves_stops_nothing(in_tmp):
-    """As `| head -1` does."""
+def test_a_broken_pipe_does_not_stop_a_run(in_tmp):
+    """As after `| head -1`."""
     process, folder = started("dqn_cartpole", small("dqn_cartpole"), in_tmp)
     process.stdout.close()
     process.stderr.close()
@@ -710,7 +709,7 @@ def test_a_reader_that_leaves_stops_nothing(in_tmp):
 
 
 class Odd(gym.Env):
-    """An environment that counts its steps, with faults as asked for."""
+    """An environment that counts its steps, with configurable faults."""
 
     def __init__(self, space=None, actions=None, ends=20, value=1.0, bad_step=5, bad_episode=0):
         box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -750,7 +749,7 @@ def test_actions_that_do_not_start_at_zero(odd, in_tmp, monkeypatch):
     options = small("dqn_cartpole") | odd(actions=gym.spaces.Discrete(3, start=-1))
     main_in_process(load("dqn_cartpole"), options | {"checkpoint_replay": True}, monkeypatch)
     state = torch.load(checkpoint_of(in_tmp), weights_only=True)
-    assert set(state["replay"][2][1].tolist()) == {0, 1, 2}, "the network's own numbers"
+    assert set(state["replay"][2][1].tolist()) == {0, 1, 2}, "indices of the network's outputs"
     path = checkpoint_of(in_tmp)
     main_in_process(load("dqn_cartpole"), {"resume": path, "total_timesteps": 3100}, monkeypatch)
 
@@ -783,7 +782,7 @@ def test_observations_that_are_not_finite_stop_the_run(
 
 
 def test_an_error_in_training_names_the_last_checkpoint(odd, in_tmp):
-    """If there is one, and it is whole. (Odd is registered in this process only.)"""
+    """If there is one and it is complete. (Odd is registered only in this process.)"""
     options = small("dqn_cartpole") | odd(value=np.nan, bad_episode=80)
     with pytest.raises(SystemExit, match="NaN"):
         main_in_process(load("dqn_cartpole"), options, pytest.MonkeyPatch())
@@ -842,7 +841,7 @@ def test_an_environment_that_cannot_be_filmed_is_refused_at_the_start(odd, in_tm
     assert not (in_tmp / "runs").exists()
 
 
-def test_a_film_that_fails_stops_nothing(in_tmp, monkeypatch, capsys):
+def test_a_film_that_fails_does_not_stop_a_run(in_tmp, monkeypatch, capsys):
     script = load("dqn_cartpole")
 
     def failing(*args):
@@ -856,7 +855,7 @@ def test_a_film_that_fails_stops_nothing(in_tmp, monkeypatch, capsys):
     assert script.load_checkpoint(checkpoint_of(in_tmp))["global_step"] == 400
 
 
-def test_a_learning_rate_given_to_a_resumed_run_counts(in_tmp, monkeypatch):
+def test_a_resumed_run_uses_a_new_learning_rate(in_tmp, monkeypatch):
     script = load("dqn_atari")
     options = small("dqn_atari") | {"total_timesteps": 600, "eval_episodes": 0}
     main_in_process(script, options, monkeypatch)
@@ -918,14 +917,14 @@ def test_polyak_targets_move_a_little_at_every_sync(cartpole, in_tmp, monkeypatc
         assert not torch.equal(value, start[key])
 
 
-def test_packages_of_a_film_are_asked_for_at_the_start(script, in_tmp, monkeypatch):
+def test_missing_packages_for_films_are_reported_at_the_start(script, in_tmp, monkeypatch):
     monkeypatch.setattr(script, "VIDEO_PACKAGES", ("no_such_package",))
     with pytest.raises(SystemExit, match="pip install no_such_package"):
         main_in_process(script, {"capture_video": True}, monkeypatch)
     assert not (in_tmp / "runs").exists()
 
 
-def test_wandb_is_asked_for_by_name(in_tmp, monkeypatch):
+def test_a_missing_wandb_is_reported_by_name(in_tmp, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install wandb" in refused("dqn_cartpole", {"track": True}, monkeypatch)
 

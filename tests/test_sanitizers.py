@@ -10,7 +10,7 @@ import pytest
 
 
 def has(library):
-    """Whether GCC has a library: it then prints its path, otherwise the bare name."""
+    """Whether GCC has a library: if so, GCC prints its path, otherwise only the name."""
     answer = subprocess.run(["gcc", f"-print-file-name={library}"], capture_output=True, text=True)
     return "/" in answer.stdout
 

@@ -86,7 +86,7 @@ def test_any_sequence_of_operations_agrees_with_a_list(data):
         tree.set(longs(indices), torch.tensor(priorities, dtype=torch.float32))
         plain.set(indices, priorities)
         difference = raw(tree).astype(np.int64) - np.array(plain.leaves)
-        # NumPy's power may round a leaf the other way, very rarely; p^1 is exact.
+        # Very rarely, NumPy's power rounds a leaf the other way; p^1 is exact.
         assert np.abs(difference).max() <= (alpha != 1.0)
         plain.leaves = raw(tree).tolist()
         tree.check_valid()
@@ -116,7 +116,7 @@ def check_large_tree(capacity, emulated):
     rng = np.random.default_rng(0)
     tree = SumTree(capacity)
     leaves = np.zeros(capacity, np.uint64)
-    for _ in range(3):  # heavy tails, many zeros, and overwriting
+    for _ in range(3):  # heavy tails, many zeros, overwritten leaves
         indices = rng.integers(0, capacity, n)
         priorities = rng.pareto(1.0, n).astype(np.float32) * (rng.random(n) < 0.8)
         priorities = priorities.astype(np.float32)
@@ -177,7 +177,7 @@ def test_duplicates_in_one_batch_the_last_wins():
     tree.check_valid()
 
 
-def test_zero_is_never_drawn_and_the_smallest_leaf_can_be():
+def test_zero_is_never_drawn_but_the_smallest_leaf_can_be():
     tree = SumTree(5)
     tree.set(np.arange(5), np.array([0.0, 1e-30, 0.0, 1e-30, 0.0]))
     assert tree.total() == 2 and set(tree.sample(100).tolist()) == {1, 3}
@@ -291,7 +291,7 @@ def test_misuse_raises_and_changes_nothing(method, arguments, error, words):
     tree.check_valid()
 
 
-def test_what_cannot_be_built_or_loaded():
+def test_invalid_arguments_are_refused():
     for capacity in (0, -1, 2**27 + 1):
         with pytest.raises(ValueError, match="capacity"):
             SumTree(capacity)
@@ -303,8 +303,8 @@ def test_what_cannot_be_built_or_loaded():
 
 
 NOT_A_STATE = [
-    (None, "is a dict, not NoneType"),
-    ([], "is a dict, not list"),
+    (None, "must be a dict, not NoneType"),
+    ([], "must be a dict, not list"),
     ({"seed": -1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"seed": "1"}, "seed"),
@@ -329,13 +329,13 @@ def test_a_state_that_does_not_fit_changes_nothing(changes, words):
     assert (raw(tree) == before).all() and (tree.seed, tree.calls) == (1, calls)
 
 
-def test_a_state_that_lacks_something_is_refused():
+def test_an_incomplete_state_is_refused():
     tree = SumTree(4)
     with pytest.raises(ValueError, match="lacks: leaves"):
         tree.load_state_dict({k: v for k, v in tree.state_dict().items() if k != "leaves"})
 
 
-def test_a_damaged_sum_is_noticed():
+def test_a_damaged_sum_is_detected():
     tree = SumTree(100)
     tree.set(np.arange(100), np.ones(100))
     tree._inner[3] += 1

@@ -13,7 +13,7 @@ def random_batch(m, rng, atari):
     draw = (lambda: rng.integers(256, size=shape, dtype=np.uint8)) if atari else None
     draw = draw or (lambda: rng.normal(size=shape))
     discounts = 0.99 ** rng.integers(1, 4, BATCH).astype(np.float64)
-    discounts[:3] = 0  # terminated; the others were cut by n or by a truncation, and bootstrap
+    discounts[:3] = 0  # terminated; the others end after n steps or by truncation, and bootstrap
     arrays = {
         "obs": draw(),
         "actions": rng.integers(N_ACTIONS, size=BATCH),
@@ -54,7 +54,7 @@ def test_loss_equals_the_oracle(script, loss, seed):
     )
     np.testing.assert_allclose(td_error.numpy(), expected, rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(value.item(), oracle.loss_of(expected, loss), rtol=1e-9)
-    assert not np.allclose(expected, other), "this batch would not tell DQN from Double DQN"
+    assert not np.allclose(expected, other), "this batch does not distinguish DQN from Double DQN"
     q_values = oracle.q_values(q_network.state_dict(), arrays["obs"])
     expected = q_values[np.arange(BATCH), arrays["actions"]]
     np.testing.assert_allclose(q_taken.numpy(), expected, rtol=1e-9)
@@ -79,7 +79,7 @@ def test_gradient_flows_through_the_value_of_the_action_taken_only(script, loss)
 
 
 def test_one_update_equals_the_oracle(cartpole):
-    """td_loss, backpropagation and Adam, as the script does them."""
+    """td_loss, backpropagation and Adam, as in the script."""
     torch.manual_seed(0)
     q_network, target_network = networks(cartpole, atari=False)
     arrays, batch = random_batch(cartpole, np.random.default_rng(0), atari=False)
@@ -112,7 +112,8 @@ class Plain(torch.nn.Sequential):
 
 
 def test_fast_layout_changes_rounding_only(atari):
-    """Features and the fused optimiser give the update of nn.Sequential and the plain one."""
+    """Features with the fused optimiser gives the same update as nn.Sequential with the plain
+    one."""
     weights = []
     for fast in (False, True):
         torch.manual_seed(1)
@@ -135,7 +136,7 @@ def test_fast_layout_changes_rounding_only(atari):
     for plain, fast, first in zip(*weights, start):
         moved = (plain - first).abs().max()
         assert moved > 1e-5
-        # Adam's first steps divide by tiny second moments; a few weights may differ by a step
+        # Adam's first steps divide by tiny second moments, so a few weights may differ by a step
         assert (plain - fast).abs().mean() < 0.01 * moved
 
 
@@ -155,7 +156,7 @@ def test_the_hidden_layer_is_dense_in_every_form(atari):
 
 
 def test_values_are_not_rounded_to_bfloat16(atari, monkeypatch):
-    """Actions differ in value by less than bfloat16 can tell apart near 1."""
+    """The values of actions differ by less than bfloat16 can represent near 1."""
     torch.manual_seed(1)
     q_network = atari.QNetwork(N_ACTIONS)
     with torch.no_grad():

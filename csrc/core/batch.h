@@ -1,4 +1,4 @@
-// The memory of a replay and of a batch, as the CPU ring and the CUDA ring are given it.
+// The memory of a replay and of a batch, as passed to the CPU ring and to the CUDA ring.
 //
 //   game 0    | row 0 | row 1 | ... | row rows-1 |      row: frame   frame_bytes
 //   game 1    | row 0 | row 1 | ... | row rows-1 |           action  int32
@@ -20,7 +20,7 @@ struct RingLayout {
   int n_step;           // 1 to 1000
 };
 
-// Owned by the caller, zeroed (the frames need not be).
+// Owned by the caller. Zeroed, except for the frames, which may be uninitialised.
 struct RingMemory {
   uint8_t* frames;  // (num_envs, rows, frame_bytes)
   int32_t* actions;

@@ -1,4 +1,4 @@
-// What one byte of a frame becomes in a batch: itself, or x * scale in float32, float16 or
+// How a byte x of a frame is written to a batch: unchanged, or as x * scale in float32, float16 or
 // bfloat16.
 //
 // Products are computed in float32 and rounded to nearest even: bit for bit what torch computes for
@@ -41,7 +41,7 @@ FR_HOST_DEVICE inline uint16_t float16_bits(float x) {
   const uint32_t bits = float_bits(x);
   const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
   if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and above
-  if (magnitude < 0x38800000) {  // subnormal, a multiple of 2^-24: adding 0.5 rounds to those
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 rounds to a multiple of 2^-24
     float absolute;
     memcpy(&absolute, &magnitude, sizeof absolute);
     return static_cast<uint16_t>(sign | (float_bits(absolute + 0.5f) - float_bits(0.5f)));

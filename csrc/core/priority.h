@@ -40,7 +40,7 @@ FR_HOST_DEVICE inline uint64_t to_bits(double value) {
 // log2 m = 2 / ln 2 * (s + s^3 / 3 + s^5 / 5 + ...).
 FR_HOST_DEVICE inline double log2_exact(double x) {
   const uint64_t bits = to_bits(x);
-  // The bits of x minus those of sqrt(1/2): the exponent field now holds e.
+  // The bits of x minus those of sqrt(1/2): the exponent field is now e.
   const uint64_t offset = bits - 0x3FE6A09E667F3BCDull;
   // e as a double, without an integer conversion: written into the mantissa of 2^52, with a bias of
   // 2^11, which is subtracted.
@@ -83,7 +83,7 @@ FR_HOST_DEVICE inline double exp2_exact(double y) {
   return series * from_bits((shifted + 1023) << 52);
 }
 
-// The leaf of a finite p >= 0 with this p^alpha.
+// The leaf of a finite p >= 0, where power = p^alpha.
 FR_HOST_DEVICE inline uint32_t to_leaf(double p, double power) {
   double leaf = power * 1048576.0;
   leaf = leaf < kMaxLeaf ? leaf : kMaxLeaf;
@@ -93,8 +93,8 @@ FR_HOST_DEVICE inline uint32_t to_leaf(double p, double power) {
   return static_cast<uint32_t>(to_bits(leaf + 4503599627370496.0));
 }
 
-// The leaf of a finite p >= 0, for alpha in [0, 1000]. The power is limited to [2^-22, 2^13],
-// because leaves beyond are clamped.
+// The leaf of a finite p >= 0, for alpha in [0, 1000]. The power is limited to [2^-22, 2^13]:
+// outside this range the leaf is clamped anyway.
 FR_HOST_DEVICE inline uint32_t quantise(double p, double alpha) {
   if (alpha == 1.0) return to_leaf(p, p);
   double y = alpha * log2_exact(p > 1e-300 ? p : 1e-300);

@@ -1,5 +1,5 @@
-// The rules of one game's ring buffer: which rows may start a transition, how far a stack reaches
-// back, where an n-step window ends. CPU and CUDA share them.
+// The rules of one game's ring buffer: which rows may start a transition, how far back a stack
+// reaches, and where an n-step window ends. CPU and CUDA share them.
 //
 //   slots      0    1    2    3    4    5    6    7      (rows = 8, all stored)
 //   steps      8    9   10   11   12    5    6    7
@@ -7,9 +7,9 @@
 //                                  ^ newest  ^ oldest
 //
 // A row is one environment step: the frame seen before acting, the action, the reward, whether the
-// step terminated the episode, and whether the frame opened one. The row before one that opens an
-// episode is final: it holds the last observation of its episode, and its action and reward are
-// ignored (NEXT_STEP autoreset produces this row). Step 10 above is final.
+// step terminated the episode, and whether the frame opened an episode. The row before one that
+// opens an episode is final: it is the last observation of its episode, and its action and reward
+// are ignored (NEXT_STEP autoreset produces this row). Step 10 above is final.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ enum RowFlag : uint8_t {
   kTerminated = 1,  // the action of this row terminated the episode
   kOpens = 2,       // the frame of this row opened an episode
   kDrawable = 4,    // drawable() below, kept up to date by the ring
-  // With priorities: the row has replaced an older one and was not drawn since. A priority that
-  // arrives now is that of the older row.
+  // With priorities: the row has replaced an older one and has not been drawn since. A priority
+  // that arrives now belongs to the older row.
   kUndrawn = 8,
 };
 
@@ -32,7 +32,7 @@ FR_HOST_DEVICE inline bool takes_priority(uint8_t flags) {
   return (flags & (kDrawable | kUndrawn)) == kDrawable;
 }
 
-// A uniform draw tries random rows, and after so many attempts counts the drawable ones.
+// A uniform draw tries this many random rows. If none is drawable, it counts the drawable ones.
 constexpr int kAttempts = 128;
 
 struct Ring {
@@ -51,7 +51,7 @@ struct Ring {
 struct Window {
   int64_t end;      // the slot whose stack is next_obs
   int steps;        // k, the number of rewards in the sum; 0: no complete window starts here
-  bool terminated;  // whether the k-th step terminated: the value of next_obs does not count
+  bool terminated;  // whether the k-th step terminated: no bootstrap from next_obs
 };
 
 FR_HOST_DEVICE inline Window walk_window(const Ring& ring, int64_t slot, int n_step) {

@@ -8,8 +8,8 @@
 
 namespace fastreplay {
 
-// Converts n bytes of consecutive frames. A plain copy is bound by memory: near its end it
-// prefetches the memory at `next`, which is not read here.
+// Converts n bytes of consecutive frames. A plain copy is memory-bound: near its end it prefetches
+// the memory at `next`, which it does not read.
 void convert(const uint8_t* in, int64_t n, const uint8_t* next, Output output, float scale,
              void* out);
 

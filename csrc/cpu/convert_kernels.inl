@@ -1,7 +1,7 @@
-// The inner loops of convert.cpp, which includes this file once for each instruction set, inside a
-// namespace of its own, with
+// The inner loops of convert.cpp, which includes this file once for each instruction set, in a
+// separate namespace each time, with
 //   FR_TARGET   the attribute that lets a function use the instructions
-//   FR_F16C     defined if the instruction set converts to float16
+//   FR_F16C     defined if the instruction set can convert to float16
 
 FR_TARGET static inline void to_float16(const float* in, int n, uint16_t* out) {
 #ifdef FR_F16C

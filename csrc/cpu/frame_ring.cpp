@@ -17,7 +17,7 @@
 namespace fastreplay {
 namespace {
 
-constexpr int64_t kThreadedBytes = 1 << 18;  // smaller batches are not worth waking threads
+constexpr int64_t kThreadedBytes = 1 << 18;  // smaller batches are copied by the caller alone
 
 int64_t process_id() {
 #ifdef __unix__
@@ -52,7 +52,7 @@ FrameRing::FrameRing(const RingLayout& layout, const RingMemory& memory, const f
 
 FrameRing::~FrameRing() {
   if (own_threads_ != nullptr && own_threads_->pid != process_id()) {
-    (void)own_threads_.release();  // the threads exist in the parent only: nothing to join here
+    (void)own_threads_.release();  // the threads exist only in the parent: nothing to join here
   }
 }
 
@@ -84,7 +84,7 @@ void FrameRing::add(const uint8_t* frames, int64_t frame_stride, const int32_t* 
                 static_cast<size_t>(layout_.frame_bytes));
     memory_.actions[index] = actions[game];
     memory_.rewards[index] = rewards[game];
-    // What came before the first row is unknown, so it opens an episode.
+    // Nothing precedes the first row, so it always opens an episode.
     memory_.flags[index] = static_cast<uint8_t>((terminations[game] ? kTerminated : 0) |
                                                 (first || episode_starts[game] ? kOpens : 0) |
                                                 (full && tree_ != nullptr ? kUndrawn : 0));
@@ -121,7 +121,7 @@ void FrameRing::draw(uint64_t seed, uint64_t call, int64_t n, int64_t* out) cons
       const int64_t candidate = game * layout_.rows + static_cast<int64_t>(row) % stored_;
       if (is_drawable(candidate)) index = candidate;
     }
-    if (index < 0) {  // hardly any row is drawable: takes the k-th drawable one
+    if (index < 0) {  // few rows are drawable: take the k-th of them
       const uint64_t bits = random64(seed, call, sample, kAttempts);
       uint64_t k = mulhi64(bits, static_cast<uint64_t>(n_drawable_));
       for (index = 0; !is_drawable(index) || k-- > 0;) ++index;
@@ -164,8 +164,9 @@ void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& forma
   __builtin_prefetch(memory_.flags + next);
   __builtin_prefetch(memory_.actions + next);
   __builtin_prefetch(memory_.rewards + next);
-  const int64_t oldest = std::max<int64_t>(next - layout_.stack + 1, 0);  // where its stack begins
-  const uint8_t* next_frames = memory_.frames + oldest * layout_.frame_bytes;  // in most cases
+  // The stack of `next` usually begins at this row.
+  const int64_t oldest = std::max<int64_t>(next - layout_.stack + 1, 0);
+  const uint8_t* next_frames = memory_.frames + oldest * layout_.frame_bytes;
 
   const int64_t game = index / layout_.rows, slot = index % layout_.rows;
   const Ring ring = this->ring(game);
@@ -195,7 +196,7 @@ void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& for
   const int64_t bytes = n * frames * layout_.frame_bytes * expansion(format.output);
   const int threads = threads_ > 0 ? threads_ : openmp_threads();
   const bool alone = threads <= 1 || n < 2 || bytes < kThreadedBytes;
-  const int64_t step = alone ? 1 : threads;  // to the sample that this thread will probably do next
+  const int64_t step = alone ? 1 : threads;  // to the probable next sample of this thread
   const auto work = [&](int64_t i) {
     gather_one(indices[i], indices[i + step < n ? i + step : i], format, batch, i);
   };
@@ -206,7 +207,7 @@ void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& for
   const std::function<void(int64_t)> shared = std::cref(work);  // a reference: no allocation
   if (threads_ > 0 || !run_on_openmp(n, shared)) {
     if (own_threads_ == nullptr || own_threads_->pid != process_id()) {
-      (void)own_threads_.release();  // null, or the parent's: not to be joined
+      (void)own_threads_.release();  // null, or the parent's: cannot be joined
       own_threads_ = std::make_unique<Threads>(threads);
     }
     own_threads_->pool.run(n, shared);
@@ -216,7 +217,7 @@ void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& for
 void FrameRing::mark_drawn(const int64_t* indices, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     uint8_t& flags = memory_.flags[indices[i]];
-    if (flags & kUndrawn) flags ^= kUndrawn;  // few rows are: most cache lines stay clean
+    if (flags & kUndrawn) flags ^= kUndrawn;  // few rows have it: most cache lines stay clean
   }
 }
 

@@ -14,7 +14,7 @@ namespace fastreplay {
 
 enum class InstructionSet { kPlain = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The set in use, initially the best one that the processor has.
+// The set in use, initially the best one that the processor supports.
 InstructionSet instruction_set();
 // Selects another one, for tests and measurements. Throws std::invalid_argument (ValueError in
 // Python) if the processor lacks it.

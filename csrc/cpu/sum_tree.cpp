@@ -123,7 +123,7 @@ void SumTree::weights(const int64_t* indices, int64_t n, double beta, float* out
 }
 
 void SumTree::rebuild() {
-  // `sums`: of the nodes of the level below, which are the children of this one.
+  // The sums of the nodes one level below, which are the children of this level's nodes.
   std::vector<uint64_t> sums(static_cast<size_t>(layout_.leaf_slots / kFanOut));
   for (size_t node = 0; node < sums.size(); ++node) {
     uint64_t sum = 0;

@@ -52,9 +52,9 @@ class SumTree {
 
   // Writes n leaves; among duplicates the last one wins. Indices are in range.
   void set(const int64_t* indices, const uint32_t* values, int64_t n);
-  // The leaf of each target, which is below total().
+  // The leaf that owns each target. Targets are below total().
   void find(const uint64_t* targets, int64_t n, int64_t* out) const;
-  // n draws with probability leaf / total, from the bits of (seed, call, i). total() > 0.
+  // n draws with probability leaf / total, from the random bits of (seed, call, i). total() > 0.
   void draw(uint64_t seed, uint64_t call, bool stratified, int64_t n, int64_t* out) const;
   // Importance weights, relative to the smallest of these leaves. None of them is 0.
   void weights(const int64_t* indices, int64_t n, double beta, float* out) const;

@@ -1,9 +1,9 @@
-// The inner loops of sum_tree.cpp, which includes this file once for each instruction set, inside a
-// namespace of its own, with
+// The inner loops of sum_tree.cpp, which includes this file once for each instruction set, in a
+// separate namespace each time, with
 //   FR_TARGET   the attribute that lets a function use the instructions
 //   FR_WIDTH    the number of 64-bit lanes of a vector: 8 (AVX-512), 4 (AVX2), 1 (plain)
 
-// The child that holds the target: the number of entries <= target, minus one.
+// The child that owns the target: the number of entries <= target, minus one.
 FR_TARGET static inline int choose_child(const uint64_t* node, uint64_t target) {
 #if FR_WIDTH == 8
   const __m512i t = _mm512_set1_epi64(static_cast<int64_t>(target));
@@ -12,7 +12,7 @@ FR_TARGET static inline int choose_child(const uint64_t* node, uint64_t target) 
   return __builtin_popcount(low | high << 8) - 1;
 #elif FR_WIDTH == 4
   const __m256i t = _mm256_set1_epi64x(static_cast<int64_t>(target));
-  int above = 0;  // a bit for each entry above the target; signed comparison: sums are below 2^63
+  int above = 0;  // one bit per entry above the target; the comparison is signed: sums are < 2^63
   for (int j = 0; j < 4; ++j) {
     const __m256i entries = _mm256_load_si256(reinterpret_cast<const __m256i*>(node) + j);
     above |= _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(entries, t))) << 4 * j;
@@ -25,7 +25,7 @@ FR_TARGET static inline int choose_child(const uint64_t* node, uint64_t target) 
 #endif
 }
 
-// The leaf that holds the target: the number of sums over leaves[0..j] that are <= target.
+// The leaf that owns the target: the number of sums over leaves[0..j] that are <= target.
 FR_TARGET static inline int choose_leaf(const uint32_t* leaves, uint64_t target) {
 #if FR_WIDTH == 8
   const __m512i zero = _mm512_setzero_si512();
@@ -134,7 +134,7 @@ FR_TARGET static uint64_t set_block(const TreeLayout& layout, uint64_t* inner, u
                 delta[i]);
     }
   }
-  // Every difference changes the root. Summed by child first, they need one pass over it.
+  // Every difference changes the root. They are first summed by child, then added in one pass.
   uint64_t sums[kFanOut] = {};
   for (int i = 0; i < n; ++i) sums[indices[i] >> (root + 1) * kFanOutBits] += delta[i];
   uint64_t* entries = inner + layout.level_offset[root];

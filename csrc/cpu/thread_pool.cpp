@@ -33,7 +33,8 @@ struct Loop {
   }
 };
 
-// Entry points of the OpenMP runtime that torch has loaded. Linking to OpenMP would load another.
+// Entry points of the OpenMP runtime that torch has loaded. Linking to OpenMP would load a second
+// one.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
   int (*max_threads)() = nullptr;
@@ -94,8 +95,8 @@ void ThreadPool::run(int64_t n, const std::function<void(int64_t)>& work) {
       std::lock_guard<std::mutex> lock(mutex_);
       work_ = nullptr;  // a thread that wakes from now on finds no job
     }
-    while (busy_.load(std::memory_order_relaxed) != 0) pause();  // each has at most one call left
-    const std::lock_guard<std::mutex> lock(mutex_);  // synchronizes with the last of them
+    while (busy_.load(std::memory_order_relaxed) != 0) pause();  // each has one call left at most
+    const std::lock_guard<std::mutex> lock(mutex_);  // synchronizes with the last busy thread
   } else {
     for (int64_t i = 0; i < n; ++i) work(i);
   }

@@ -1,9 +1,9 @@
 // A few threads that share a loop with the caller.
 //
-// The caller works too, and iterations are claimed one by one, so a thread that wakes late delays
-// nothing. Waking takes longer than a small job, so an idle thread spins for kSpinTime before it
-// sleeps. A pool does not survive fork(): the child's copy has no threads, and its owner constructs
-// a new one.
+// The caller works too, and iterations are claimed one by one, so a thread that wakes late does not
+// delay the others. Waking takes longer than a small job, so an idle thread spins for kSpinTime
+// before it sleeps. A pool does not survive fork(): the child's copy has no threads, and its owner
+// constructs a new pool.
 #pragma once
 
 #include <atomic>
@@ -33,7 +33,7 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_;
   const std::function<void(int64_t)>* work_ = nullptr;  // null: there is no job
-  std::atomic<uint64_t> job_{0};                        // counts jobs: a thread joins each once
+  std::atomic<uint64_t> job_{0};                        // counts jobs: a thread joins each job once
   std::atomic<int> busy_{0};                            // threads inside the current job
   bool stop_ = false;
   std::atomic<int64_t> next_{0};
@@ -42,11 +42,11 @@ class ThreadPool {
 };
 
 // ThreadPool::run on torch's OpenMP threads. They spin between torch's operations, and additional
-// threads would compete with them for the cores. Returns false, having done nothing, where torch
-// has no GNU OpenMP, and in the child of a fork(), which does not have its threads.
+// threads would compete with them for the cores. Returns false without running anything if torch
+// has no GNU OpenMP, or in the child of a fork(), where torch's threads do not exist.
 bool run_on_openmp(int64_t n, const std::function<void(int64_t)>& work);
 
-// How many threads it would use: torch.get_num_threads(), or 0 where it returns false.
+// The number of threads of run_on_openmp: torch.get_num_threads(), or 0 if it returns false.
 int openmp_threads();
 
 }  // namespace fastreplay

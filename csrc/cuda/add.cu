@@ -1,9 +1,8 @@
 // Stores one row for each game, in one launch of one block per game.
 //
 //   all threads     copy the frame to the slot at the write head
-//   warp 0          writes action, reward and flags of the row, then refreshes the rows that the
-//   new
-//                   one completes or cuts off (below)
+//   warp 0          writes action, reward and flags of the row, then refreshes the rows whose
+//                   window or stack may have changed (below)
 //   last block      moves the write head (grid.cuh)
 //
 //   slots     | oldest ... | newest - n_step ... | newest |      a full ring, from oldest to newest
@@ -12,7 +11,7 @@
 //                 have lost a        their window may
 //                 frame              now be complete
 //
-// Invariants kept: those of frame_ring.h, for kDrawable, n_drawable and the leaves.
+// Maintains the invariants of frame_ring.h for kDrawable, n_drawable and the leaves.
 //
 // Cost: one copy of the frame, and one lane per refreshed row, each with O(n_step + stack) reads of
 // flags.
@@ -35,7 +34,7 @@ __device__ int64_t earlier(int64_t slot, int64_t steps, int64_t rows) {
 }
 
 // Updates kDrawable, n_drawable and the leaf of the rows that a new row may have changed. `now` is
-// the ring with the new row. By a whole warp, one lane per row.
+// the ring with the new row. Called by a whole warp, one lane per row.
 __device__ void refresh(const DeviceRing& ring, const DeviceTree& tree, const Ring& now,
                         int64_t game, bool full, int lane) {
   const int64_t rows = ring.layout.rows, newest = now.newest(), before = now.stored - 1;
@@ -49,7 +48,7 @@ __device__ void refresh(const DeviceRing& ring, const DeviceTree& tree, const Ri
     const int64_t back = i < completed ? i + 1 : before - (i - completed);
     bool has_changed = false, is_drawable = false;
     int64_t row = 0;
-    // In a short ring the two groups overlap: no row twice, and never the newest.
+    // In a short ring the two groups overlap. Each row is refreshed once, the newest never.
     if (i < completed + cut && (i < completed || back > completed)) {
       row = earlier(newest, back, rows);
       is_drawable = drawable(now, row, stack, n_step);
@@ -96,7 +95,7 @@ __global__ void add_kernel(const __grid_constant__ DeviceRing ring,
       if (action != static_cast<int32_t>(action)) report(ring.counters, kActionTooLarge, action);
       ring.memory.actions[index] = static_cast<int32_t>(action);
       ring.memory.rewards[index] = element_of<float>(row.rewards, game);
-      // The first row of all opens an episode, whatever the caller says: nothing precedes it.
+      // Nothing precedes the first row, so it always opens an episode.
       ring.memory.flags[index] =
           static_cast<uint8_t>((row.terminations[game] ? kTerminated : 0) |
                                (stored == 0 || row.episode_starts[game] ? kOpens : 0) |

@@ -1,4 +1,4 @@
-// Reading a column of numbers (device_ring.h) whose type is known at run time.
+// Reads a column of numbers (device_ring.h) whose type is known only at run time.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,23 +1,23 @@
-// Copying the frames of a stack from the ring into a batch, changing type and memory format on the
-// way (the formats of cpu/convert.h). Four paths:
+// Copies the frames of a stack from the ring into a batch, converting their type or their memory
+// format on the way (core/pixel.h, FrameOutput of core/batch.h). Four paths:
 //
 //   copy_frames<16>     contiguous; each store is 16 bytes           the usual case
 //   copy_frames<1>      contiguous; one element at a time            odd sizes or alignments
 //   interleave_four     channels last, 4 frames; stores of 16 bytes
 //   interleave_any      channels last; one element at a time
 //
-// A stack is a run of consecutive rows. It may wrap around the end of the ring, and it may begin
-// before its episode did, where it is blank (zeros):
+// A stack is a run of consecutive rows. It may wrap around the end of the ring. Frames before the
+// start of the episode are blank (zeros):
 //
 //   rows = 8, newest slot 1, 5 frames, of which 3 belong to the episode
 //   frame           0       1       2       3       4
 //   slot           -3      -2      -1       0       1       first: the row of slot -3
 //   read from    zeros   zeros   slot 7  slot 0  slot 1     blanks = 2, wrapped = 3
 //
-// Invariant: a frame is at most 2^26 bytes (cuda_checked.h), so offsets in a stack fit an int.
+// Invariant: a frame is at most 2^26 bytes (cuda_backend.h), so offsets in a stack fit an int.
 //
 // Cost: each frame is read once and each element written once; neighbouring threads touch
-// neighbouring memory. copy_frames keeps kLoadsInFlight loads of a thread in flight.
+// neighbouring memory. copy_frames keeps kLoadsInFlight loads per thread in flight.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,22 +33,22 @@ constexpr int kLoadsInFlight = 4;
 
 // The frames of a stack; see the picture above.
 struct FrameRun {
-  int64_t first;  // flat row of frame 0, as if the ring went on below slot 0
-  int wrapped;    // frames 0 to wrapped - 1 lie `rows` rows further on
+  int64_t first;  // flat row of frame 0, as if the ring continued below slot 0
+  int wrapped;    // frames 0 to wrapped - 1: add `rows` to their flat row
   int blanks;     // frames 0 to blanks - 1 are zeros
 };
 
 // One thread's share of copying the frames of one sample.
 struct CopyTask {
-  const uint8_t* frames;  // of row 0
+  const uint8_t* frames;  // begins with the frame of row 0
   int64_t frame_bytes, rows;
   float scale;
   bool is_next;     // copies next_obs, not obs
   bool is_aligned;  // every sample of the batch begins at a multiple of 16 bytes
   uint8_t* out;     // of this sample
   int thread;       // 0 to threads - 1
-  int threads;      // that share these frames, perhaps of several blocks
-  int count;        // frames
+  int threads;      // that share these frames, possibly in several blocks
+  int count;        // of frames
   FrameRun run;
 };
 
@@ -159,7 +159,7 @@ __device__ inline const uint8_t* find_frame(const CopyTask& task, int frame) {
   return task.frames + row * task.frame_bytes;
 }
 
-// Channels last, four frames: 4 elements of 1 to 4 pixels each make one store of 16 bytes.
+// Channels last, four frames: each store of 16 bytes has the 4 elements of each of 1 to 4 pixels.
 template <Output kOutput>
 __device__ void interleave_four(const CopyTask& task) {
   constexpr int kPixels = 4 / expansion(kOutput);  // of each frame in one store
@@ -204,7 +204,7 @@ __device__ void interleave_any(const CopyTask& task) {
   }
 }
 
-// Copies this thread's share, by the fastest path that sizes and alignment allow.
+// Copies this thread's share on the fastest path that sizes and alignment allow.
 template <Output kOutput>
 __device__ void copy_stack(const CopyTask& task, bool channels_last) {
   constexpr int kExpansion = expansion(kOutput);

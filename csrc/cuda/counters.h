@@ -1,15 +1,15 @@
-// The state of a replay that is kept on the device, so that it advances when a CUDA graph is
-// launched again.
+// The state of a replay that is kept on the device, so that it advances with every launch of a CUDA
+// graph.
 //
 // Kernels read it at their start, and the last block of a grid to arrive updates it. The host reads
-// it rarely, because that waits for the stream.
+// it rarely, because reading waits for the stream.
 #pragma once
 
 #include <cstdint>
 
 namespace fastreplay {
 
-// Errors that only the device can detect. The lowest bit that is set is the one that is raised.
+// Errors that only the device can detect. If several bits are set, the lowest one is raised.
 enum DeviceError : uint32_t {
   kNothingToDraw = 1,
   kIndexOutOfRange = 2,

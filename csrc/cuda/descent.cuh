@@ -22,11 +22,11 @@
 
 namespace fastreplay {
 
-// The root, spread over the lanes of a warp. Read once, it serves as the first step of a descent.
+// The root, spread over the lanes of a warp. It is read once, for the first step of a descent.
 struct Root {
   Word word;   // this lane's entry
-  Word sum;    // entries up to this lane's
-  Word total;  // all entries: the sum of all leaves
+  Word sum;    // of the entries up to and including this lane's
+  Word total;  // of all entries: the sum of all leaves
 };
 
 __device__ inline Root read_root(const DeviceTree& tree, int lane) {
@@ -40,8 +40,8 @@ struct Found {
   uint32_t leaf;
 };
 
-// The leaf that owns a target below root.total. By a whole warp. In a damaged tree a descent may
-// reach a node whose entries do not add up to its parent's, or leave the capacity.
+// The leaf that owns a target below root.total. Called by a whole warp. In a damaged tree a descent
+// may reach a node whose entries do not add up to their parent, or a leaf beyond the capacity.
 __device__ inline Found find_leaf(const DeviceTree& tree, const Root& root, Word target, int lane) {
   int64_t node = 0;
   Word word = root.word, sum = root.sum;
@@ -59,8 +59,8 @@ __device__ inline Found find_leaf(const DeviceTree& tree, const Root& root, Word
   }
 }
 
-// A batch cut into n equal strata, as stratum64 in philox.h, with the divisions by n replaced by
-// multiplications.
+// A batch divided into n equal strata, as by stratum64 in philox.h, but with the divisions by n
+// replaced by multiplications.
 struct Strata {
   Strata(bool stratified, int64_t batch)
       : n(stratified ? static_cast<uint32_t>(batch) : 0), reciprocal(n > 0 ? ~Word{0} / n : 0) {}
@@ -81,7 +81,7 @@ __device__ inline Word divide(Word& x, const Strata& strata) {
 }
 
 // The leaf that sample `sample` of a batch draws with its 64 random bits; root.total is above 0.
-// By a whole warp.
+// Called by a whole warp.
 __device__ inline Found draw_leaf(const DeviceTree& tree, const Root& root, Word bits,
                                   const Strata& strata, int64_t sample, int lane) {
   if (strata.n > 0) {

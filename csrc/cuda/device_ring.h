@@ -1,17 +1,17 @@
 // The rings of cpu/frame_ring.h on a CUDA device: the same memory, rules and batches.
 //
-//   frames                                        on the device, or in pinned memory of the host,
-//                                                 which the same kernels reach over the bus
+//   frames                                        on the device, or in pinned host memory, which
+//                                                 the same kernels access over the bus
 //   actions, rewards, flags (9 bytes a row),
 //   leaves, counters                              always on the device
 //
 //   launch_add        add.cu       stores one row for each game
 //   launch_sample     sample.cu    draws a batch, builds it, or both
-//   launch_drawable   sample.cu    tells which rows may start a transition
+//   launch_drawable   sample.cu    finds which rows may start a transition
 //
 // Each is one kernel on the caller's stream (a few with the kernels of reference.h). None allocates
-// or waits, so all can be captured in a CUDA graph. Errors that only the device sees are latched in
-// the counters until the host reads them; a sample that cannot be made is all zeros.
+// or waits, so all can be captured in a CUDA graph. Errors that only the device can detect are
+// latched in the counters until the host reads them; a sample that cannot be built is all zeros.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// The layout of the sum-tree, and what reads or repairs it as a whole: priorities, rebuild, check.
-// Also writes the counters. One thread per leaf, or one warp per node.
+// The layout of the sum-tree, and the kernels that read priorities, rebuild the tree, check it and
+// write the counters. One thread per leaf, or one warp per node.
 #include "core/priority.h"
 #include "cuda/descent.cuh"
 #include "cuda/device_tree.h"
@@ -35,7 +35,7 @@ __global__ void sum_kernel(const __grid_constant__ DeviceTree tree, int level, i
   }
 }
 
-// Reports words that are not 0 beyond the capacity, and stamps that are not 0.
+// Reports nonzero words beyond the capacity, and nonzero stamps.
 __global__ void check_leaves_kernel(const __grid_constant__ DeviceTree tree, int64_t leaf_slots,
                                     Counters* counters) {
   const int64_t step = int64_t{gridDim.x} * blockDim.x;

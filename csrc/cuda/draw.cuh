@@ -1,9 +1,10 @@
 // A uniform draw over the drawable rows of a ring, by rejection.
 //
 // Attempt a of a sample is a stored row, drawable or not, chosen by the random bits
-// (seed, call, sample, a); the first drawable one counts. A warp makes 32 attempts at a time, so
-// the row is that of the sequential loop in FrameRing::draw. If none of kAttempts is drawable,
-// which happens where few rows are, bits kAttempts choose the k-th drawable row, found by counting.
+// (seed, call, sample, a). The first drawable one is the result. A warp makes 32 attempts at a time
+// and takes the first drawable one, like the sequential loop in FrameRing::draw. If none of
+// kAttempts is drawable, which happens if few rows are, the random bits of attempt kAttempts choose
+// k, and the k-th drawable row is found by counting.
 //
 // Cost: one random number and one byte of flags per lane in nearly all cases.
 #pragma once
@@ -21,8 +22,8 @@ namespace fastreplay {
 
 static_assert(kAttempts % 32 == 0, "all lanes of a warp make the same number of attempts");
 
-// The row that sample `sample` of call `call` draws, where n_drawable is above 0. By a whole warp.
-// -1 if fewer rows are drawable than n_drawable says.
+// The row that sample `sample` of call `call` draws; n_drawable must be above 0. -1 if fewer than
+// n_drawable rows are drawable. Called by a whole warp.
 __device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, uint64_t call,
                                        int64_t sample, int lane) {
   const int64_t stored = ring.counters->stored, rows = ring.layout.rows;
@@ -48,7 +49,7 @@ __device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, ui
       k -= count;
       continue;
     }
-    for (; k > 0; --k) ballot &= ballot - 1;  // clears the lowest bit; one remains, as k < count
+    for (; k > 0; --k) ballot &= ballot - 1;  // clears the lowest bit; k < count, so one remains
     return first + first_lane(ballot);
   }
   return -1;

@@ -57,8 +57,8 @@ inline int threads_for(int64_t n, int max_threads) {
   return threads;
 }
 
-// Latches an error until the host reads it. `culprit` is the bad index, action or target; of
-// several errors at once, any culprit is kept.
+// Latches an error until the host reads it. `culprit` is the bad index, action or target; if there
+// are several errors at once, any one of their culprits is kept.
 __device__ inline void report(Counters* counters, uint32_t error, int64_t culprit) {
   atomicExch(reinterpret_cast<Word*>(&counters->culprit), static_cast<Word>(culprit));
   atomicOr(&counters->error, error);
@@ -82,8 +82,8 @@ __device__ inline bool is_last_arrival(unsigned arrival) {
   return true;
 }
 
-// Whether this block is the last of its grid to get here. Called by all threads of the block, which
-// get the same answer.
+// Whether this block is the last of its grid to arrive. Called by all threads of the block, which
+// all get the same result.
 __device__ inline bool is_last_block(Counters* counters) {
   FR_SHARED(bool, is_last);
   __syncthreads();

@@ -1,4 +1,4 @@
-// Changing a leaf of the sum-tree (device_tree.h) and the sums above it. By single threads.
+// Changes a leaf of the sum-tree (device_tree.h) and the sums above it. Called by single threads.
 //
 // An inner entry changes by the difference of its leaf, modulo 2^64. Additions commute, so any
 // number of threads may change leaves at once and the sums are exact when all are done.
@@ -14,7 +14,7 @@
 
 namespace fastreplay {
 
-// Adds to all ancestors of a leaf what it has changed by.
+// Adds the change of a leaf to all of its ancestors.
 __device__ inline void add_difference(const DeviceTree& tree, int64_t index, uint32_t before,
                                       uint32_t after) {
   const Word difference = Word{after} - Word{before};

@@ -1,8 +1,8 @@
-// The plan of a sample: its row, its n-step window, and where the frames of obs and next_obs lie.
+// The plan of a sample: its row, its n-step window, and where the frames of obs and next_obs are.
 //
-// The first warp of a block makes the plan and leaves it in shared memory; the other threads copy
-// frames by it. The warp draws the row together. The walks along the ring are short and sequential:
-// every lane walks the window, then lane 0 finds the frames of obs and lane 1 those of next_obs.
+// The first warp of a block makes the plan in shared memory; the other threads then copy the
+// frames. All lanes draw the row together. The walks along the ring are short and sequential: every
+// lane walks the window, then lane 0 finds the frames of obs and lane 1 those of next_obs.
 //
 // With one step and contiguous frames, obs and next_obs may be views of one block of stack + 1
 // frames ("shared"). It is copied once, as one stack of stack + 1 frames that ends at next_obs.
@@ -24,13 +24,13 @@
 namespace fastreplay {
 
 struct Plan {
-  int64_t index;     // flat row, or -1: the sample cannot be made
+  int64_t index;     // flat row, or -1: the sample cannot be built
   int64_t game;      // flat row of the game's slot 0
   Window window;     // that starts at the row
-  FrameRun runs[2];  // of obs and next_obs; the first alone if they are shared
+  FrameRun runs[2];  // of obs and next_obs; only the first if they are shared
 };
 
-// Clears kUndrawn of a row. Several threads may do so for one row, and others read its other bits:
+// Clears kUndrawn of a row. Several threads may do so for one row while others read its other bits:
 // all of them write the same byte.
 __device__ inline void mark_drawn(const DeviceRing& ring, int64_t index) {
   const uint8_t flags = ring.memory.flags[index];
@@ -39,7 +39,7 @@ __device__ inline void mark_drawn(const DeviceRing& ring, int64_t index) {
 
 // Draws or reads the row of a sample and plans its frames. Writes the row to job.indices (if it is
 // drawn) and its leaf to job.is_weights (if the batch is prioritized). Returns whether there was
-// something to draw. By a whole warp.
+// something to draw. Called by a whole warp.
 __device__ inline bool make_plan(const DeviceRing& ring, const DeviceTree& tree,
                                  const SampleJob& job, const Strata& strata, bool shared,
                                  int64_t sample, int lane, Plan& plan) {

@@ -9,13 +9,13 @@
 //             columns   one thread per sample     action, return, discount
 //             frames    one thread per element of obs and next_obs
 //             weights   one thread per sample     finds the smallest leaf of the batch itself
-//             end       one thread per sample     replaces -1 by 0; the first counts the call
+//             end       one thread per sample     replaces -1 with 0; the first counts the call
 //   set       set       one thread per pair       checks the batch and looks for later duplicates
 //   draw      draw      one thread per sample, then `end` as above
 //   find      find      one thread per target
 //
 // Cost: launches, dependent loads, and O(batch) work per thread in `weights` and `set`, which is
-// O(batch^2) in all: meant for batches of up to a few thousand.
+// O(batch^2) in total: meant for batches of up to a few thousand.
 #include <atomic>
 #include <stdexcept>
 
@@ -89,7 +89,7 @@ __global__ void draw_tree_kernel(DeviceTree tree, const Counters* counters, uint
   if (total_of(tree) > 0) out[i] = draw_by_priority(tree, seed, counters->calls, stratified, i, n);
 }
 
-// Ends a draw of n rows. A row of -1 could not be drawn.
+// Ends a draw of n rows. -1 means that no row could be drawn.
 __global__ void end_draw_kernel(DeviceTree tree, Counters* counters, int64_t n, int64_t* rows) {
   const int64_t i = thread_index();
   const bool has_rows = tree.nodes != nullptr ? total_of(tree) > 0 : counters->n_drawable > 0;
@@ -161,7 +161,7 @@ __global__ void add_frames_kernel(DeviceRing ring, Row row) {
   ring.memory.frames[index * bytes + byte] = row.frames[game * row.frame_stride + byte];
 }
 
-// Brings kDrawable, n_drawable and the leaf of a row up to date.
+// Updates kDrawable, n_drawable and the leaf of a row.
 __device__ void refresh_row(const DeviceRing& ring, const DeviceTree& tree, const Ring& now,
                             int64_t game, int64_t slot) {
   const int64_t index = game * ring.layout.rows + slot;
@@ -226,8 +226,8 @@ __device__ Ring ring_of(const DeviceRing& ring, int64_t index) {
           ring.counters->head};
 }
 
-// The row that a sample draws if all drawable rows are equally likely, where n_drawable is above 0.
-// -1 if fewer rows are drawable than it says.
+// The row that a sample draws uniformly from the drawable rows; n_drawable must be above 0. -1 if
+// fewer than n_drawable rows are drawable.
 __device__ int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, int64_t sample) {
   const uint64_t call = ring.counters->calls;
   const int64_t stored = ring.counters->stored, rows = ring.layout.rows;
@@ -325,7 +325,7 @@ __global__ void frames_kernel(DeviceRing ring, SampleJob job) {
   const int64_t frame = job.format.channels_last ? at % stack : at / bytes;
   const int64_t pixel = job.format.channels_last ? at / stack : at % bytes;
 
-  uint8_t byte = 0;  // of frames before the episode, and of samples that cannot be made
+  uint8_t byte = 0;  // of frames before the episode, and of samples that cannot be built
   const int64_t index = job.indices[sample];
   if (is_drawable(ring, index)) {
     const Ring now = ring_of(ring, index);

@@ -1,4 +1,4 @@
-// The plain kernels: the simplest that are correct, kept beside the tuned ones as their reference.
+// The plain kernels: as simple as possible, kept as the reference for the tuned ones.
 // Both give the same batches, draws, priorities and errors, bit for bit (tests/test_kernels.py),
 // and benchmarks/buffers_cuda.py --kernels times them side by side.
 //
@@ -16,7 +16,7 @@
 namespace fastreplay {
 
 // Selects "tuned" or "reference" kernels for all launches of this process from now on, and returns
-// what was selected before. A captured CUDA graph keeps the kernels it was captured with. Throws
+// the previous selection. A captured CUDA graph keeps the kernels it was captured with. Throws
 // std::invalid_argument for another name.
 std::string use_kernels(const std::string& name);
 

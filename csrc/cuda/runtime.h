@@ -19,8 +19,8 @@ inline void ignore_cuda(cudaError_t error) {
   if (error != cudaSuccess) (void)cudaGetLastError();
 }
 
-// Relaxed capture mode for this thread: waits, copies and frees are allowed although another thread
-// captures a graph, which they would otherwise invalidate.
+// Relaxed capture mode for this thread: waits, copies and frees are allowed while another thread
+// captures a graph. In the default mode they would invalidate that capture.
 class RelaxedCapture {
  public:
   RelaxedCapture() { ignore_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -75,7 +75,7 @@ class Event {
   void block(cudaStream_t stream) {
     check_cuda(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
   }
-  // The same while the stream is captured: nodes of the graph, which record and wait at each
+  // The same while the stream is captured: adds nodes to the graph, which record and wait at each
   // launch.
   void record_external(cudaStream_t stream) {
     check_cuda(cudaEventRecordWithFlags(event_, stream, cudaEventRecordExternal),
@@ -84,7 +84,7 @@ class Event {
   void block_external(cudaStream_t stream) {
     check_cuda(cudaStreamWaitEvent(stream, event_, cudaEventWaitExternal), "cudaStreamWaitEvent");
   }
-  // The host waits.
+  // The host waits for the last record.
   void wait() {
     const RelaxedCapture relaxed;
     check_cuda(cudaEventSynchronize(event_), "cudaEventSynchronize");
@@ -101,16 +101,17 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// Runs the operations of one replay in program order, on whichever streams they are. Each records
-// an event; one on another stream than the last waits for it. A captured operation does so at each
-// launch of its graph, so that launches are ordered with other operations. Two operations in one
-// graph are ordered by their stream only: they must be on the same one.
+// Runs the operations of one replay in program order, whatever their streams. Each operation
+// records an event; an operation on another stream than the last one waits for it. A captured
+// operation records and waits at each launch of its graph, so that launches are ordered with other
+// operations. Two operations in one graph are ordered only by their stream, so they must be on the
+// same one.
 class StreamOrder {
  public:
   // Returns whether the stream is captured.
   bool begin(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    unsigned long long capture = 0;  // a number that no other capture has
+    unsigned long long capture = 0;  // unique number of the capture
     check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
     if (status == cudaStreamCaptureStatusNone) {
       if (capture_ != 0 || (is_used_ && stream != last_)) done_.block(stream);
@@ -131,14 +132,14 @@ class StreamOrder {
     last_ = stream;
     is_used_ = true;
   }
-  // Until all operations are done. Another thread may begin and end operations meanwhile.
+  // Waits until all operations are done. Meanwhile, other threads may begin and end operations.
   void wait() { done_.wait(); }
 
  private:
   Event done_;  // recorded by every operation
   cudaStream_t last_ = nullptr;
   bool is_used_ = false;
-  unsigned long long capture_ = 0;  // the last one; from the first on, launches may be anywhere
+  unsigned long long capture_ = 0;  // the last one; if not 0, launches may be on any stream
   cudaStream_t captured_ = nullptr;
 };
 

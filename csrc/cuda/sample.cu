@@ -2,17 +2,17 @@
 //
 //   grid     one column of blocks per sample (blockIdx.x), of 1 to kMaxBlocksPerSample blocks
 //   block    warp 0     makes the plan (plan.cuh), then writes action, reward and discount
-//            others     copy frames by the plan (copy.cuh), one half obs and one half next_obs
+//            others     copy the planned frames (copy.cuh): half of them obs, the others next_obs
 //   last block          turns leaves into importance weights (weights.cuh) and counts the call
 //
 // Blocks arrive (grid.cuh) as soon as they have a plan, not when their frames are copied: weights
 // need only the leaves of the other samples.
 //
-// A sample that cannot be made (no such row, not drawable, nothing to draw, a damaged tree) is all
+// A sample that cannot be built (no such row, not drawable, nothing to draw, a damaged tree) is all
 // zeros, and its error is latched.
 //
 // Cost at 84x84, stack 4: 5 frames read and written per sample with one step (shared block),
-// 8 otherwise. Small batches are bound by latency: launch, draw, plan, copy, arrival.
+// 8 otherwise. Small batches are latency-bound: launch, draw, plan, copy, arrival.
 #include "core/window.h"
 #include "cuda/copy.cuh"
 #include "cuda/device_ring.h"
@@ -29,7 +29,7 @@ constexpr int kPlanThreads = 32;          // of these: warp 0, which copies no f
 constexpr int kMaxBlocksPerSample = 8;    // that share the copying
 constexpr int kBlocksToFillDevice = 512;  // a small batch gets several blocks per sample up to this
 
-// What a copying thread does, all but the run of frames, which is in the plan.
+// The task of a copying thread, without the run of frames, which is in the plan.
 __device__ CopyTask make_task(const DeviceRing& ring, const SampleJob& job, bool shared,
                               int64_t sample) {
   const int copiers = static_cast<int>(blockDim.x) - kPlanThreads;
@@ -52,7 +52,7 @@ __device__ CopyTask make_task(const DeviceRing& ring, const SampleJob& job, bool
 }
 
 // Writes action, n-step return and discount of a sample, and a weight of 1 if the batch is uniform.
-// By one thread.
+// Called by one thread.
 __device__ void write_columns(const DeviceRing& ring, const SampleJob& job, bool prioritized,
                               int64_t sample, const Plan& plan) {
   const Window& window = plan.window;
@@ -128,7 +128,7 @@ void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJ
   const int64_t n = job.n < 1 ? 1 : job.n;
   const int64_t bytes = 2 * ring.layout.stack * ring.layout.frame_bytes;
   const int64_t stores = job.gather ? bytes * expansion(job.format.output) / 16 : 0;
-  // At least one warp beside the plan's, if there is something to copy.
+  // At least one warp in addition to the plan's, if there is something to copy.
   const int64_t copiers = stores / kLoadsInFlight < 32 ? 32 : stores / kLoadsInFlight;
   const int threads = job.gather ? threads_for(kPlanThreads + copiers, kThreads) : kPlanThreads;
   const int64_t per_sample =

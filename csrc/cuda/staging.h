@@ -1,12 +1,12 @@
-// A ring of slots through which data of the CPU reaches the device, without either waiting for the
-// other.
+// A ring of slots through which data is copied from the CPU to the device, without either waiting
+// for the other.
 //
 //   host     | slot 0 | slot 1 | slot 2 | slot 3 |    pinned: written by the caller
-//                 |  copied on a stream of its own
+//                 |  copied on a separate stream
 //   device   | slot 0 | slot 1 | slot 2 | slot 3 |    read by a kernel on the caller's stream
 //
 // The kernel waits for the copy, a copy for the kernel that last read its slot, and the host for
-// the copy that last read its slot: with four slots, hardly ever.
+// the copy that last read its slot. With four slots, a copy and the host rarely have to wait.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -50,8 +50,8 @@ class Staging {
     uint8_t* device;
   };
 
-  // `device` has kSlots * slot_bytes, which may be overwritten once the work that is on `stream`
-  // now is done. The current device is that of the replay.
+  // `device` has kSlots * slot_bytes bytes. They may be overwritten once the work that is now on
+  // `stream` is done. The current device must be that of the replay.
   Staging(uint8_t* device, int64_t slot_bytes, cudaStream_t stream)
       : host_(kSlots * slot_bytes), device_(device), slot_bytes_(slot_bytes) {
     check_cuda(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking),
@@ -75,7 +75,8 @@ class Staging {
     current_ = (current_ + 1) % kSlots;
     return {host_.data() + current_ * slot_bytes_, device_ + current_ * slot_bytes_};
   }
-  // Copies the first bytes of the current slot to the device. Later work on `stream` sees them.
+  // Copies the first `bytes` bytes of the current slot to the device. Later work on `stream` sees
+  // them.
   void send(int64_t bytes, cudaStream_t stream) {
     read_[current_].block(copies_);
     check_cuda(
@@ -94,7 +95,7 @@ class Staging {
   int64_t slot_bytes_;
   cudaStream_t copies_ = nullptr;
   int current_ = 0;
-  std::array<Event, kSlots> copied_, read_;  // of the host side, of the device side
+  std::array<Event, kSlots> copied_, read_;  // the host side is copied, the device side is read
 };
 
 }  // namespace fastreplay

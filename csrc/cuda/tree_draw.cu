@@ -1,7 +1,7 @@
-// Draws from the sum-tree: by random bits, by given targets, and the importance weights of rows.
+// Draws from the sum-tree by random bits or by given targets, and the importance weights of rows.
 //
-// One warp, a block of its own, descends for each sample or target (descent.cuh). The last block of
-// a draw counts the call. Weights are computed by one block, which first finds the smallest leaf.
+// For each sample or target, a block of one warp descends (descent.cuh). The last block of a draw
+// counts the call. Weights are computed by one block, which first finds the smallest leaf.
 #include "core/priority.h"
 #include "cuda/descent.cuh"
 #include "cuda/device_tree.h"
@@ -53,7 +53,7 @@ __global__ void find_kernel(const __grid_constant__ DeviceTree tree, Counters* c
   }
 }
 
-// By one block. If any row is out of range or has no weight, all weights are 0.
+// One block. If any row is out of range or has no weight, all weights are 0.
 __global__ void weights_kernel(const __grid_constant__ DeviceTree tree, Counters* counters,
                                const int64_t* indices, int64_t n, double beta, float* out) {
   FR_SHARED(uint32_t, smallest);

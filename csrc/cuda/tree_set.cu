@@ -3,8 +3,8 @@
 //   1. every block checks the whole batch, so that no block waits for another;
 //   2. a grid-stride loop quantises the pairs and raises leaf words by atomicMax on
 //      | order stamp i + 1 | leaf |, so that the last of several pairs for one row wins;
-//   3. who raised a word adds the difference to the ancestors (leaf.cuh); over all raises of a word
-//      the differences add up to last leaf - first leaf;
+//   3. a thread that has raised a word adds the difference to the ancestors (leaf.cuh); all
+//      differences of one word add up to last leaf - first leaf;
 //   4. the last block (grid.cuh) clears the stamps.
 //
 // Cost: each block reads the batch once (12 or 16 bytes a pair); one atomic per level and pair.
@@ -35,7 +35,7 @@ template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     set_kernel(const __grid_constant__ DeviceTree tree, Counters* counters,
                const __grid_constant__ Priorities p) {
-  // max_leaf only grows, so a stale value costs a superfluous atomic and nothing else.
+  // max_leaf only grows, so the only cost of a stale value is an unnecessary atomic.
   const uint32_t max_leaf = *static_cast<volatile uint32_t*>(&counters->max_leaf);
   const T* const values = static_cast<const T*>(p.values);
   uint32_t errors = 0;

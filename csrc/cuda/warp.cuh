@@ -13,7 +13,7 @@ constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 __device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % 32; }
 
-// Inclusive prefix sum, modulo 2^64: lane i gets x of lanes 0 to i, added up. Five shuffles.
+// Inclusive prefix sum, modulo 2^64: lane i gets the sum of x over lanes 0 to i. Five shuffles.
 __device__ inline Word prefix_sum(Word x, int lane) {
   for (int distance = 1; distance < 32; distance *= 2) {
     const Word below = __shfl_up_sync(kAllLanes, x, distance);

@@ -1,7 +1,7 @@
 // Importance weights of a batch: w_i = (smallest leaf of the batch / leaf i)^beta, in (0, 1].
 //
-// By one block, in place: sample.cu leaves the leaves of the batch, as uint32, in the memory of the
-// weights. A leaf of 0 stands for a sample that could not be made. Its weight is 0.
+// Computed by one block, in place: sample.cu has written the leaves of the batch, as uint32, to the
+// memory of the weights. A leaf of 0 means that the sample could not be built. Its weight is 0.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ __device__ inline void finish_weights(float* weights, int64_t n, double beta) {
   // Volatile: other blocks wrote them during this launch.
   const volatile uint32_t* const leaves = reinterpret_cast<volatile uint32_t*>(weights);
   const int64_t first = threadIdx.x;
-  const uint32_t first_leaf = first < n ? leaves[first] : 0;  // on its way during the barrier
+  const uint32_t first_leaf = first < n ? leaves[first] : 0;  // loaded during the barrier
   __syncthreads();
   for (int64_t i = first; i < n; i += blockDim.x) {
     uint32_t leaf = first_leaf;

@@ -1,6 +1,6 @@
 """fastreplay: a replay that stores each frame once, and an exact integer sum-tree.
 
-    FrameReplay     builds stacks and n-step returns when it samples, with priorities if wanted
+    FrameReplay     builds stacks and n-step returns when it samples, optionally with priorities
     Batch           what it returns
     SumTree         draws proportional to priorities, for any kind of data
     backends()      the compiled backends: ("cpp", "cuda"), ("cpp",) or ()
@@ -23,7 +23,7 @@ _HOME = {
 
 
 def backends():
-    """Names of the compiled backends, the fastest last; empty where nothing was compiled.
+    """Names of the compiled backends, the fastest last; empty if nothing was compiled.
 
     "cuda" means that fastreplay was built with CUDA. cuda_problem() tests whether the GPU of this
     machine can be used.

@@ -1,4 +1,4 @@
-"""The device of a replay, and the compiled module that works there."""
+"""The device of a replay, and the compiled module for it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MIN_CAPABILITY = (7, 5)  # compute capability that the kernels are compiled for
 
 # The CUDA sources compiled for the CPU. Tests set it; device="cuda" then means this module.
 emulation: ModuleType | None = None
-checks_emulation = False  # whether it goes through the self-check too
+checks_emulation = False  # whether the emulation is self-checked, too
 
-_self_checks: dict[int, str] = {}  # by the GPU's index: what the self-check found, or ""
+_self_checks: dict[int, str] = {}  # by GPU index: what the self-check found, or ""
 _self_check_lock = threading.RLock()
 
 
 class Backend:
-    """A torch device, its compiled module, and that module's handle of the device."""
+    """A torch device, its compiled module, and that module's handle for the device."""
 
     def __init__(self, device: str | torch.device):
         device = torch.device(device)
@@ -47,24 +47,24 @@ class Backend:
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
 
     def staging(self, slot_bytes: int) -> torch.Tensor:
-        """The device side of the slots through which data of the CPU arrives."""
+        """The device side of the staging slots for data from the CPU."""
         slots = self.module.STAGING_SLOTS
         return self.zeros(slots * (slot_bytes + 15 & ~15), dtype=torch.uint8)
 
     def free_memory(self) -> int:
-        """Bytes that a new tensor on this GPU may take, those in torch's cache included."""
+        """Free bytes for a new tensor on this GPU, including those in torch's cache."""
         index = self.torch_device.index
         cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
         return self.module.free_memory(index) + cached
 
 
 def cuda_problem(index: int | None = None) -> str:
-    """Why device="cuda" (or the GPU of that index) cannot be used here, in one line; "" if it can.
+    """Why device="cuda" (or the GPU with this index) cannot be used, in one line; "" if it can.
 
     index: of the GPU; None means torch's current one.
 
     The first call for a GPU that is otherwise usable runs a self-check, which compares a small
-    replay there with the same on the CPU.
+    replay on it with the same replay on the CPU.
     """
     if emulation is not None:
         return _self_check(0, "the emulated GPU") if checks_emulation else ""
@@ -94,7 +94,7 @@ def cuda_problem(index: int | None = None) -> str:
 
 
 def _self_check(index: int, name: str) -> str:
-    """What is wrong with the results of a GPU, in one line; "" if they are those of the CPU."""
+    """What is wrong with the results of a GPU, in one line; "" if they equal those of the CPU."""
     with _self_check_lock:
         if index not in _self_checks:
             _self_checks[index] = ""  # the check itself constructs replays on this GPU

@@ -1,6 +1,6 @@
-"""Compares a small replay on a GPU with the same on the CPU, bit for bit.
+"""Compares a small replay on a GPU with the same replay on the CPU, bit for bit.
 
-It costs some milliseconds, besides loading the kernels, and runs once per process and GPU.
+It takes a few milliseconds plus the time to load the kernels, and runs once per process and GPU.
 """
 
 from __future__ import annotations

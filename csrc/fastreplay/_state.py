@@ -12,10 +12,10 @@ from torch import Tensor
 def check_keys(state: Any, keys: Iterable[str], owner: str) -> None:
     """`state` is a dict that has these keys."""
     if not isinstance(state, dict):
-        raise ValueError(f"the state of a {owner} is a dict, not {type(state).__name__}")
+        raise ValueError(f"the state of a {owner} must be a dict, not {type(state).__name__}")
     missing = sorted(set(keys) - set(state))
     if missing:
-        raise ValueError(f"the state is not one of a {owner} like this; it lacks: {missing[0]}")
+        raise ValueError(f"the state does not fit this {owner}; it lacks: {missing[0]}")
 
 
 def check_equal(state: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ def check_equal(state: dict[str, Any], mine: dict[str, Any]) -> None:
     for name, value in mine.items():
         theirs = state[name]
         if not isinstance(theirs, (int, float, list, type(None))) or theirs != value:
-            raise ValueError(f"the state has {name} {theirs}, the object that loads it {value}")
+            raise ValueError(f"the state has {name} {theirs}, but the object has {value}")
 
 
 def check_integers(state: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> None:
@@ -35,7 +35,7 @@ def check_integers(state: dict[str, Any], ranges: dict[str, tuple[int, int]]) ->
 
 
 def check_tensor(tensor: Any, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """`tensor` is a dense one of this dtype and shape, whose values can be read."""
+    """`tensor` is a dense tensor of this dtype and shape, and its values can be read."""
     if (
         not isinstance(tensor, Tensor)
         or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape)

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     obs: Tensor  # (B, stack, *frame_shape), or (B, *frame_shape) if stack is None
     actions: Tensor  # (B,) int64
     rewards: Tensor  # (B,) float32, sum of gamma^j r_j for j < k
-    next_obs: Tensor  # as obs, k steps later
+    next_obs: Tensor  # like obs, k steps later
     discounts: Tensor  # (B,) float32, gamma^k (1 - terminated)
     indices: Tensor  # (B,) int64
     is_weights: Tensor  # (B,) float32, ones unless prioritized
@@ -39,48 +39,48 @@ class FrameReplay:
 
     Args:
         capacity: rows in all; each game has capacity // num_envs, at least 2.
-        frame_shape: of one frame, such as (84, 84), or (4,) for plain vectors.
-        num_envs: games that are stored side by side.
+        frame_shape: shape of one frame, such as (84, 84), or (4,) for plain vectors.
+        num_envs: number of games.
         stack: frames in an observation, 1 to 8; None for one frame without an axis for the stack.
         n_step: steps in a return, 1 to 1000.
         gamma: discount of one step, 0 to 1.
-        seed: of the draws, which are a function of (seed, number of draws so far).
+        seed: seed of the draws, which are a function of (seed, number of draws so far).
         prioritized: draw rows with probability proportional to their priority
             (|td_error| + per_epsilon)^per_alpha.
-        per_alpha, per_epsilon: see there.
+        per_alpha, per_epsilon: see `prioritized`.
         per_beta: exponent of the importance weights; may be assigned at any time.
         stratified: draw i of a prioritized batch comes from the i-th equal part of the total.
         frame_dtype: torch.uint8, or torch.float32 for vectors.
-        output_dtype: of obs and next_obs: torch.uint8 (the default), or float16, bfloat16 or
-            float32, which hold frame * scale, computed in float32.
-        scale: see there.
+        output_dtype: dtype of obs and next_obs: frame_dtype (the default) or, for uint8 frames,
+            float16, bfloat16 or float32. These are frame * scale, computed in float32.
+        scale: see `output_dtype`.
         memory_format: torch.contiguous_format or, for two-dimensional frames, torch.channels_last.
-        threads: that copy a batch, 1 to 256. The default is torch's own, as many as
-            torch.set_num_threads says; where torch has no GNU OpenMP, one per core, at most 4.
+        threads: number of threads that copy a batch, 1 to 256. The default is torch's own threads
+            (torch.set_num_threads) or, if torch has no GNU OpenMP, one per core, at most 4.
         device: "cpu", or "cuda", "cuda:1"... for a replay on that GPU.
-        storage: of the frames of a replay on a GPU: "device", "host" for pinned memory of the host
-            that the GPU reads over the bus, or "auto" for the first of the two that has room. The
+        storage: where a replay on a GPU stores its frames: "device", "host" for pinned host memory,
+            which the GPU reads over the bus, or "auto" for the first of the two that has room. The
             attribute `storage` is the one in use.
 
     Raises ValueError for a value out of range and TypeError for a wrong type. A replay can be
-    pickled and deep-copied. Threads may share one; a call that waits for another one releases the
-    GIL.
+    pickled and deep-copied. Threads may share a replay; a call that waits for another call releases
+    the GIL.
 
-    On a GPU the same draws give the same batches, bit for bit, in tensors on that GPU. Every call
-    runs on the current stream, after the replay's earlier calls on whichever stream, and none of
-    `add`, `sample(out=...)` and `update_priorities` allocates or waits for the GPU. (`sample`
-    waits until there was something to draw once.)
+    A replay on a GPU draws the same rows and builds the same batches as on the CPU, bit for bit, in
+    tensors on that GPU. Every call runs on the current stream, after all earlier calls of the
+    replay on any stream. `add`, `sample(out=...)` and `update_priorities` do not allocate or wait
+    for the GPU, except that `sample` waits until one call has found a drawable row.
 
     CUDA graphs: `sample`, `update_priorities` and, with tensors on the GPU, `add` can be captured.
     Each launch of the graph continues the draws and uses the current `per_beta`; other attributes
     have the value they had at the capture. Launches and other calls run in program order too,
     whatever their streams: each captured call adds event nodes to its graph, which therefore cannot
     be the body of a conditional node. Within one graph, all calls of a replay must be captured on
-    one stream (RuntimeError). A graph must not be launched once its replay is gone.
+    one stream (RuntimeError). A graph must not be launched after its replay has been deleted.
 
-    Errors that only the GPU can see (a row out of range or not drawable, a TD error that is not
+    Errors that only the GPU can detect (a row out of range or not drawable, a TD error that is not
     finite, nothing to draw) change nothing, and the samples concerned are all zeros. The error is
-    latched until `check()` or `state_dict()`, which wait for the GPU, raises it.
+    latched, and the next `check()` or `state_dict()`, which wait for the GPU, raises it.
     """
 
     def __init__(
@@ -185,12 +185,12 @@ class FrameReplay:
         shape = (self.num_envs, self.rows, *self.frame_shape)
         self.storage = "host"
         if not self._backend.is_cuda:
-            # Not zeroed: the system provides memory only for rows that are written.
+            # Not zeroed, so that the system allocates memory only for rows that are written.
             frames = torch.empty(shape, dtype=self.frame_dtype)
             _cpu.use_huge_pages(frames.data_ptr(), frames.nbytes)
             return frames
         size = math.prod(shape) * self.frame_dtype.itemsize
-        # A tenth of the free memory is left to the network.
+        # A tenth of the free memory is left for the network.
         if storage == "device" or (storage == "auto" and size <= 0.9 * self._backend.free_memory()):
             try:
                 frames = torch.empty(shape, dtype=self.frame_dtype, device=self.device)
@@ -221,34 +221,34 @@ class FrameReplay:
 
     @property
     def max_priority(self) -> float:
-        """The largest priority p = (|td_error| + per_epsilon)^per_alpha seen, 1 at first.
+        """The largest priority p = (|td_error| + per_epsilon)^per_alpha so far, initially 1.
 
-        New rows enter with it. It is quantised to multiples of 2^-20 and at most 2^12; to compare
-        it with TD errors, take max_priority ** (1 / per_alpha) - per_epsilon. On a GPU, waits for
-        it. Raises RuntimeError if the replay is not prioritized.
+        New rows get this priority. It is quantised to multiples of 2^-20 and at most 2^12; to
+        compare it with TD errors, use max_priority ** (1 / per_alpha) - per_epsilon. On a GPU,
+        waits for the GPU. Raises RuntimeError if the replay is not prioritized.
         """
         if self._tree is None:
             raise RuntimeError(UNIFORM)
         return self._ring.max_leaf / 2**20
 
     def __len__(self) -> int:
-        """Rows stored, all games together. On a GPU it waits if a captured `add` may have run."""
+        """Stored rows of all games. On a GPU, waits if a captured `add` may have run."""
         return self._ring.stored * self.num_envs
 
     def add(self, frames, actions, rewards, terminations, episode_starts) -> None:
-        """Stores one row of each game. Tensors on the CPU, NumPy arrays or tensors on `device`.
+        """Stores one row of each game, from NumPy arrays or tensors on the CPU or on `device`.
 
         Args:
             frames: (num_envs, *frame_shape) frame_dtype, the newest frame seen before acting. Each
-                frame is contiguous; games need not be, as in `obs[:, -1]`.
+                frame must be contiguous, but there may be gaps between frames, as in `obs[:, -1]`.
             actions: (num_envs,) int64 or int32.
             rewards: (num_envs,) floats or integers, received for the action.
             terminations: (num_envs,) bool, the action ended the episode (or the life).
             episode_starts: (num_envs,) bool, the frame opened an episode.
 
-        A final observation is a row of its own, whose action, reward and termination are ignored:
-        the row before one that opens an episode. Raises TypeError (dtype) or ValueError (shape,
-        stride, device, an action that does not fit 32 bits), and stores nothing then.
+        The row before one that opens an episode is a final observation. Its action, reward and
+        termination are ignored. Raises TypeError (dtype) or ValueError (shape, stride, device, an
+        action that does not fit 32 bits); in both cases nothing is stored.
         """
         self._ring.add(frames, actions, rewards, terminations, episode_starts)
 
@@ -267,7 +267,7 @@ class FrameReplay:
         """The transitions that start at `indices` (B,) int64, int32 or a list.
 
         `out`, a batch of that size, is written and returned if given; see `sample`. With one step
-        and the contiguous format, obs and next_obs of a fresh batch are views of one (B, stack + 1,
+        and the contiguous format, obs and next_obs of a new batch are views of one (B, stack + 1,
         *frame_shape) block. Raises IndexError for a row out of range, ValueError if one is not
         drawable.
         """
@@ -283,8 +283,8 @@ class FrameReplay:
 
         `out` is a Batch, or a tuple of its seven arrays, that is written and returned as a Batch.
         Raises ValueError if there is no complete transition yet or an array of `out` has another
-        shape, layout or device or is read-only, TypeError if it has another dtype. Nothing is drawn
-        then.
+        shape, layout or device or is read-only, TypeError if it has another dtype. In both cases
+        nothing is drawn.
         """
         if not 0 <= batch_size < 2**31:
             raise ValueError(f"batch_size must be from 0 to 2^31 - 1, not {batch_size}")
@@ -299,31 +299,31 @@ class FrameReplay:
             indices: (B,) int64, int32 or a list, such as `batch.indices`.
             td_error: (B,) float32 or float64, finite.
 
-        Rows that cannot be drawn now are skipped. So are rows that have replaced an older row and
-        were not sampled, drawn or gathered since: the priority is that of the older row. (If such a
-        row was sampled again by a later batch, it takes the priority of the older row until the
-        update of that later batch corrects it: indices do not tell which of the two is meant.)
-        Skipped or not, a value counts for max_priority.
+        Rows that are not drawable now are skipped. So are rows that have replaced an older row and
+        have not been sampled, drawn or gathered since, because the priority belongs to the older
+        row. (If a later batch has sampled such a row, the row takes the priority of the older row
+        until the update of that batch corrects it: an index does not show which of the two rows is
+        meant.) max_priority includes the values of skipped rows.
 
-        Raises IndexError (range), ValueError (shape, NaN, infinity) or TypeError (dtype), and
-        changes nothing then; RuntimeError if the replay is not prioritized.
+        Raises IndexError (range), ValueError (shape, NaN, infinity) or TypeError (dtype) without
+        changing anything; RuntimeError if the replay is not prioritized.
         """
         if self._tree is None:
             raise RuntimeError(UNIFORM)
         self._ring.update(indices, td_error, self.per_alpha, self.per_epsilon)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a replay needs to continue: its rows, priorities, seed and draw counter.
+        """Everything that a replay needs to continue: its rows, priorities, seed and draw counter.
 
-        Like a module's, the tensors are the replay's own memory, one for each game, and hold the
-        stored rows only: save or copy them before the next call. Those of a replay on a GPU are
-        copies on the CPU, except frames with storage "host". A state may be loaded on another
-        device. On a GPU, waits for it.
+        There is one tensor for each game, with the stored rows only. As in a torch module's state,
+        the tensors are the replay's own memory: save or copy them before the next call. For a
+        replay on a GPU they are copies on the CPU, except frames with storage "host". A state may
+        be loaded on another device. On a GPU, waits for the GPU.
         """
         self.check()
         stored = self._ring.stored
 
-        def rows(tensor):  # a storage that holds these rows and no more
+        def rows(tensor):  # tensors whose storage is these rows only
             return [torch.from_numpy(game[:stored].cpu().numpy()) for game in tensor]
 
         state = self._fixed() | {"stored": stored, "head": self._ring.head}
@@ -353,7 +353,7 @@ class FrameReplay:
         if self._tree is not None:
             for game, leaves in enumerate(state["leaves"]):
                 if not torch.equal(leaves.cpu() != 0, (flags[game, :stored] & DRAWABLE) != 0):
-                    raise ValueError("the state is damaged: its priorities do not fit its rows")
+                    raise ValueError("the state is damaged: its priorities do not match its rows")
         self.check()
         for name in ("frames", "actions", "rewards"):
             for mine, theirs in zip(getattr(self, f"_{name}"), state[name]):
@@ -376,13 +376,13 @@ class FrameReplay:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrameReplay:
         other = memo[id(self)] = type(self)(**self._arguments())
-        other.load_state_dict(self.state_dict())  # unlike by pickling, frames are copied once
+        other.load_state_dict(self.state_dict())  # unlike pickling, copies the frames only once
         return other
 
     def check(self) -> None:
         """Waits for the GPU, and raises the error that it has latched since the last such call.
 
-        On the CPU errors are raised at once: does nothing there.
+        On the CPU: does nothing, because errors are raised at once.
         """
         self._ring.check()
 
@@ -408,20 +408,20 @@ class FrameReplay:
         self._ring.gather(indices, n, batch, self.stratified, self.scale, channels_last)
 
     def _arguments(self) -> dict[str, Any]:
-        """Those that construct a replay like this one; the seed is part of the state."""
+        """The arguments that construct such a replay; the seed is part of the state."""
         names = ("capacity", "frame_shape", "num_envs", "stack", "n_step", "gamma", "prioritized")
         names += ("per_alpha", "per_beta", "per_epsilon", "stratified", "frame_dtype", "device")
         names += ("output_dtype", "scale", "memory_format", "threads", "storage")
         return {name: getattr(self, name) for name in names}
 
     def _fixed(self) -> dict[str, Any]:
-        """What a state has in common with the replay that loads it."""
+        """The settings of a state that must equal those of the replay that loads it."""
         names = ("capacity", "num_envs", "stack", "n_step", "gamma", "prioritized", "per_alpha")
         fixed = {name: getattr(self, name) for name in names}
         return fixed | {"frame_shape": list(self.frame_shape)}
 
     def _check_state(self, state: Any) -> tuple[int, int]:
-        """The rows stored and the write head of a state that fits."""
+        """Checks that a state fits. Returns its number of stored rows and its write head."""
         tensors = {"frames": self.frame_dtype, "actions": torch.int32, "rewards": torch.float32}
         tensors["flags"] = torch.uint8
         if self._tree is not None:
@@ -473,5 +473,5 @@ def _as_batch(out: Any) -> Batch:
 
 
 def _default_threads() -> int:
-    """0 means torch's own."""
+    """0 means torch's own threads."""
     return 0 if _cpu.openmp_threads() > 0 else min(os.cpu_count() or 1, 4)

@@ -20,12 +20,12 @@ STAGING_SLOT = 1 << 16  # bytes: 4096 pairs of row and priority sent to a GPU at
 
 
 class SumTree(Compiled):
-    """Priorities of `capacity` rows, all 0 at first.
+    """Priorities of `capacity` rows, initially 0.
 
     Args:
         capacity: rows, 1 to 2^27.
         alpha: exponent of the priorities, 0 to 1000.
-        seed: of the draws.
+        seed: seed of the draws.
         device: "cpu", or "cuda", "cuda:1"... for a tree on that GPU.
 
     A priority p is stored as the integer clamp(rint(p^alpha * 2^20), 1, 2^32 - 1), or 0 if p is 0.
@@ -35,14 +35,14 @@ class SumTree(Compiled):
 
     Methods (see their docstrings): set, get, total, find, sample, weights, check, check_valid.
     Arrays are torch tensors or NumPy arrays, 1-D and contiguous; rows may also be a list of ints.
-    `out`, where given, is written and returned. Bad arguments raise TypeError (dtype), ValueError
+    `out`, if given, is written and returned. Bad arguments raise TypeError (dtype), ValueError
     (shape, value) or IndexError (range), and change nothing.
 
     On a GPU, arguments may be on the CPU or on that GPU, and results are on the GPU. `set`, `get`,
     `find`, `sample` and `weights` run on the current stream without waiting for it; with arguments
     on the GPU they can be captured in a CUDA graph. Values on the GPU are checked there: a bad one
-    changes nothing, and its error is latched until `check()`, `total()`, `calls`, `check_valid()`
-    or `state_dict()`, which wait for the stream, raises it.
+    changes nothing, and its error is latched. The next `check()`, `total()`, `calls`,
+    `check_valid()` or `state_dict()`, which wait for the stream, raises it.
 
         tree = SumTree(1_000_000, alpha=0.6)
         tree.set(indices, priorities)
@@ -80,7 +80,7 @@ class SumTree(Compiled):
         return self.capacity
 
     def state_dict(self) -> dict[str, Any]:
-        """Priorities and draw counter. `leaves` (capacity,) int32 is the tree's own memory; of a
+        """Priorities and draw counter. `leaves` (capacity,) int32 is the tree's own memory; for a
         tree on a GPU it is a copy on the CPU."""
         return {
             "capacity": self.capacity,
@@ -139,7 +139,7 @@ _cuda_trees: dict[Any, type] = {}
 
 
 def cuda_tree(module: Any) -> type:
-    """The class of trees on CUDA, made when the compiled module is first needed."""
+    """The class of trees on CUDA, created when the compiled module is first needed."""
     if module in _cuda_trees:
         return _cuda_trees[module]
 

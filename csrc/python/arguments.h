@@ -65,7 +65,7 @@ namespace py = pybind11;
 // ------------------------------------------------------------------------------------- numbers
 
 inline void check_indices(const int64_t* indices, int64_t n, int64_t size) {
-  uint64_t bad = 0;  // negative numbers are large as unsigned ones
+  uint64_t bad = 0;  // negative numbers are large when unsigned
   for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint64_t>(indices[i]) >= uint64_t(size);
   if (!bad) return;
   for (int64_t i = 0; i < n; ++i) {
@@ -176,7 +176,7 @@ struct FrameFormat {
     if (!v.contiguous_from(1)) throw py::value_error("each game's frame must be contiguous");
   }
 
-  // n observations to write. Returns the bytes from one to the next.
+  // n observations to write. Returns the stride between them, in bytes.
   int64_t check_observations(const TensorView& v, const char* name, int64_t n,
                              bool channels_last) const {
     if (v.dtype != output) throw_dtype(name, name_of(output), v.dtype);
@@ -192,7 +192,7 @@ struct FrameFormat {
       dense = dense && v.contiguous_from(1);
     }
     if (!dense) {
-      throw py::value_error(std::string(name) + " must hold each sample densely, " +
+      throw py::value_error(std::string(name) + " must have contiguous samples, " +
                             (channels_last ? "channels last" : "in C order"));
     }
     if (!v.writable) throw_not_writable(name);

@@ -1,4 +1,4 @@
-// The names and docstrings that fastreplay._cpu and fastreplay._cuda have in common.
+// The names and docstrings that fastreplay._cpu and fastreplay._cuda share.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@ namespace fastreplay {
 // module_local: both modules, and in tests a third one, are loaded into one process.
 
 inline void bind_device(py::module_& m) {
-  py::class_<Device>(m, "Device", py::module_local(), "A torch device, as the classes here see it.")
+  py::class_<Device>(m, "Device", py::module_local(), "A torch device, as passed to these classes.")
       .def(py::init([](int index, py::object torch_device, py::object current_stream) {
              return Device{index, std::move(torch_device), std::move(current_stream)};
            }),
@@ -30,7 +30,7 @@ void bind_tree(py::module_& m) {
       .def(py::init<int64_t, py::tuple, const Device&, double, uint64_t>(), py::arg("capacity"),
            py::arg("memory"), py::arg("device"), py::arg("alpha"), py::arg("seed"))
       .def_static("slots", &Tree::slots, py::arg("capacity"),
-                  "Elements of the arrays that hold a tree. ValueError for a bad capacity.")
+                  "Sizes of the arrays of a tree, in elements. ValueError for a bad capacity.")
       .def("set", &Tree::set, py::arg("indices"), py::arg("priorities"),
            "Sets priorities (n,) float32 or float64, >= 0, of rows (n,) int64 or int32. Among\n"
            "duplicate rows the last one wins. A row of priority 0 is never drawn.\n\n"
@@ -51,16 +51,15 @@ void bind_tree(py::module_& m) {
            "Draws (batch_size,) int64 rows with replacement, with probability proportional to\n"
            "p^alpha. With stratified, draw i comes from the i-th of batch_size equal parts of the\n"
            "total. Raises ValueError if every priority is 0.")
-      .def(
-          "weights", &Tree::weights, py::arg("indices"), py::arg("beta"),
-          py::arg("out") = py::none(),
-          "Importance weights (n,) float32 of drawn rows (n,): (N P(i))^-beta over the largest of\n"
-          "them, from the quantised priorities. Raises ValueError if a row has priority 0 or beta\n"
-          "is not in [0, 100].")
+      .def("weights", &Tree::weights, py::arg("indices"), py::arg("beta"),
+           py::arg("out") = py::none(),
+           "Importance weights (n,) float32 of drawn rows (n,): (N P(i))^-beta, divided by the\n"
+           "largest of them, from the quantised priorities. Raises ValueError if a row has\n"
+           "priority 0 or beta is not in [0, 100].")
       .def(
           "check", [](Tree& t) { t.backend().check(); },
           "On CUDA: waits for the stream, and raises the error that the device has latched since\n"
-          "the last call that waited. On the CPU errors are never deferred: does nothing.")
+          "the last call that waited. On the CPU: does nothing, because errors are raised at once.")
       .def(
           "check_valid", [](Tree& t) { t.backend().check_valid(); },
           "Raises RuntimeError unless every inner node is the exact sum of its leaves. Takes time\n"

@@ -41,8 +41,8 @@ class CheckedRing {
  public:
   using Tree = CheckedTree<typename Ring::Tree>;
 
-  // `memory` holds frames (num_envs, rows, *frame_shape), actions, rewards, flags, powers
-  // (gamma^0 .. gamma^n_step), and what else the backend needs.
+  // `memory`: frames (num_envs, rows, *frame_shape), actions, rewards, flags, powers
+  // (gamma^0 .. gamma^n_step), and whatever else the backend needs.
   CheckedRing(const py::tuple& memory, const py::object& tree, const Device& device,
               const py::tuple& frame_shape, const std::string& frame_dtype,
               const std::string& output_dtype, int stack, bool stack_axis, int threads,
@@ -138,7 +138,7 @@ class CheckedRing {
 
   Ring& backend() { return ring_; }
 
-  uint64_t seed;  // guarded by the GIL, as is beta_
+  uint64_t seed;  // protected by the GIL, like beta_
 
  private:
   int64_t size() const { return layout_.num_envs * layout_.rows; }

@@ -1,5 +1,5 @@
 // The backends of CheckedTree and CheckedRing on the CPU: a SumTree with its draw counter, and a
-// FrameRing with the lock that lets one call in at a time.
+// FrameRing with a lock that admits one call at a time.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,7 +23,7 @@
 
 namespace fastreplay {
 
-// A mutex of this process: the copy that a child of fork() inherits may be locked forever.
+// A mutex that a child of fork() replaces, because its inherited copy may be locked forever.
 class ProcessMutex {
  public:
   // The caller holds the GIL.
@@ -43,7 +43,7 @@ class ProcessMutex {
   std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
 };
 
-// Locks the mutex, releasing the GIL where it has to wait.
+// Locks the mutex. Releases the GIL while it has to wait.
 class Lock {
  public:
   explicit Lock(ProcessMutex& mutex) : mutex_(mutex.get()) {
@@ -59,7 +59,7 @@ class Lock {
   std::mutex& mutex_;
 };
 
-// Not locked: a tree of its own is guarded by the GIL, the tree of a ring by the ring's lock.
+// Has no lock: a separate tree is protected by the GIL, the tree of a ring by the ring's lock.
 class CpuTree {
  public:
   // `memory`: leaves (int32) and inner (int64).
@@ -154,7 +154,7 @@ class CpuRing {
 
   void sample(const SampleJob& job, double beta) {
     std::mutex& mutex = mutex_.get();
-    // In this order: the mutex is unlocked before this thread waits for the GIL.
+    // The order matters: the mutex is unlocked before this thread waits for the GIL.
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex);
     if (job.draw) {
@@ -178,7 +178,7 @@ class CpuRing {
   void copy_indices(const Indices& rows, int64_t* to, const py::object&) const {
     if (rows.n > 0) std::memmove(to, rows.data, static_cast<size_t>(rows.n) * 8);
   }
-  void set_beta(double) const {}  // sample() is passed it
+  void set_beta(double) const {}  // sample() has it as an argument
 
   void drawable(const Indices& rows, bool* out) {
     const Lock lock(mutex_);
@@ -197,7 +197,7 @@ class CpuRing {
     ring_.update(pairs.indices.data, leaves_.data(), n);
   }
 
-  // After the memory was filled from outside, flag kDrawable included.
+  // Called after the caller has filled the memory, including flag kDrawable.
   void restore(const RingState& state) {
     const Lock lock(mutex_);
     ring_.restore(state.stored, state.head, state.max_leaf, state.n_drawable);
@@ -214,18 +214,18 @@ class CpuRing {
   int64_t stored() { return state().stored; }
 
  private:
-  // Under the lock.
+  // Called with the lock held.
   void draw(const SampleJob& job) {
     if (ring_.n_drawable() == 0) throw_nothing_drawable();
     if (tree_ != nullptr) return tree_->draw(job.seed, job.stratified, job.n, job.indices);
     ring_.draw(job.seed, calls_++, job.n, job.indices);
   }
 
-  ProcessMutex mutex_;  // guards all that follows
+  ProcessMutex mutex_;  // protects everything below
   CpuTree* tree_;       // null: uniform draws
   FrameRing ring_;
   uint64_t calls_ = 0;  // the draws of a prioritized ring are counted by its tree
-  // Scratch. It keeps its capacity, so that calls seldom allocate.
+  // Scratch buffers. They keep their capacity, so that calls rarely allocate.
   std::vector<int32_t> actions_;
   std::vector<float> rewards_;
   std::vector<double> priorities_;

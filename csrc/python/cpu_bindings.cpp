@@ -46,10 +46,10 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("flags"), py::arg("stored"), py::arg("head"), py::arg("stack"), py::arg("n_step"),
       "Recomputes flag kDrawable of flags (num_envs, rows) uint8. Returns how many rows have it.");
-  // Finds torch's OpenMP runtime now: a child of fork() must not take it for its own.
+  // Looks up torch's OpenMP runtime in this process: a child of fork() must not use it.
   (void)openmp_threads();
   m.def("openmp_threads", &openmp_threads,
-        "How many threads torch's OpenMP runtime uses; 0 where it cannot be used.");
+        "How many threads torch's OpenMP runtime uses; 0 if it cannot be used.");
   m.def("instruction_set", &instruction_set_name, "plain, avx2 or avx512: the one in use.");
   m.def("use_instruction_set", &use_instruction_set_name, py::arg("name"),
         "Selects an instruction set. Raises ValueError if the processor lacks it.");

@@ -1,9 +1,9 @@
 // The backends of CheckedTree and CheckedRing on a CUDA device: a DeviceTree and a DeviceRing, the
 // staging of data that comes from the CPU, and the order of calls on several streams.
 //
-// No call reads back what the device computes, unless its comment says so. Errors that only the
-// device can see are latched in its counters, and raised by check() and by every call that waits.
-// The GIL guards all of it.
+// No call reads results back from the device unless its comment says so. Errors that only the
+// device can detect are latched in its counters, and raised by check() and every call that waits.
+// The GIL protects everything.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -36,8 +36,8 @@ class DeviceState {
     order_ = std::make_unique<StreamOrder>();
   }
 
-  // Calls work(stream) with the device current, ordered after the operations before it. Returns
-  // whether it was captured.
+  // Calls work(stream) with this device as the current one, ordered after all earlier operations.
+  // Returns whether it was captured.
   template <typename Work>
   bool run(Work work) {
     const DeviceGuard guard(number_);
@@ -59,8 +59,8 @@ class DeviceState {
         "data on the CPU cannot be part of a CUDA graph capture: pass tensors on " + device.name());
   }
 
-  // Waits for all operations. Called before memory goes back to torch, which does not know on which
-  // streams it was used.
+  // Waits for all operations. Called before memory is returned to torch, which does not know which
+  // streams have used it.
   void wait() noexcept {
     try {
       const DeviceGuard guard(number_);
@@ -89,8 +89,7 @@ class DeviceState {
     });
   }
 
-  // Waits for the stream. Raises and clears a latched error, of a tree with this total or (null) of
-  // a ring.
+  // Waits for the stream. Raises and clears a latched error. `total`: of a tree; null for a ring.
   Counters read(int64_t size, const Word* total) {
     Counters now;
     fetch(&now, counters, sizeof now);
@@ -115,7 +114,7 @@ class DeviceState {
     run([&](cudaStream_t stream) { launch_write(counters, value, fields, stream); });
   }
 
-  // Slots in a uint8 tensor on the device.
+  // Staging slots in a uint8 tensor on the device.
   std::unique_ptr<Staging> make_staging(const py::object& tensor) const {
     const TensorView v = view(tensor, "staging");
     const DeviceGuard guard(number_);
@@ -278,7 +277,7 @@ class CudaRing {
         staging_(state_->make_staging(memory[5])),
         tree_(tree != nullptr ? tree->tree : DeviceTree(1)) {
     if (layout.frame_bytes > int64_t{1} << 26) {
-      throw py::value_error("frames on CUDA devices hold at most 2^26 bytes");
+      throw py::value_error("a frame on a CUDA device may have at most 2^26 bytes");
     }
     ring_.layout = layout;
     ring_.memory = {view(memory[0], "frames").as<uint8_t>(),
@@ -290,7 +289,7 @@ class CudaRing {
   }
   ~CudaRing() { state_->wait(); }
 
-  // Bytes of a staging slot that holds a row of each game.
+  // Bytes of a staging slot for one row of each game.
   static int64_t row_bytes(int64_t num_envs, int64_t frame_bytes) {
     return column_bytes(num_envs) + num_envs * frame_bytes;
   }
@@ -310,7 +309,7 @@ class CudaRing {
     if (staged) {
       state_->refuse_capture();
       DeviceState::wait_for_slot(*staging_);
-      if (!device.holds(views.actions)) {  // before anything is changed: it may raise
+      if (!device.holds(views.actions)) {  // before any change, because it may raise
         actions_.resize(static_cast<size_t>(n));
         read_actions(views.actions, n, actions_.data());
       }
@@ -324,7 +323,7 @@ class CudaRing {
     if (!is_captured) stored_ = std::min(stored_ + 1, ring_.layout.rows);
   }
 
-  // Waits for the stream until there was something to draw once.
+  // A draw waits for the stream until one draw has found a drawable row.
   void sample(const SampleJob& job, double /* beta: in the counters */) {
     if (job.draw && !seen_drawable_) {
       if (stored_ == 0 && !captured_add_) throw_nothing_drawable();
@@ -362,7 +361,7 @@ class CudaRing {
     state_->write(now, kBetaField);
   }
 
-  // After the memory was filled from outside, flag kDrawable included.
+  // Called after the caller has filled the memory, including flag kDrawable.
   void restore(const RingState& state) {
     Counters now{};
     now.stored = state.stored;
@@ -390,8 +389,8 @@ class CudaRing {
   }
 
  private:
-  // Of actions (int32), rewards (float32), terminations and starts; a multiple of 16, so that the
-  // frames behind them are aligned.
+  // Bytes of actions (int32), rewards (float32), terminations and starts; a multiple of 16, so that
+  // the frames after them are aligned.
   static int64_t column_bytes(int64_t num_envs) { return (10 * num_envs + 15) / 16 * 16; }
 
   static Column column(const TensorView& v) {
@@ -402,7 +401,7 @@ class CudaRing {
     return {v.data, type, v.strides[0]};
   }
 
-  // Sends the columns that are on the CPU to the device, and points the row there.
+  // Sends the columns that are on the CPU to the device, and points `row` to the copies.
   //
   //   slot    | actions | rewards | terminations | episode_starts | frames |
   void stage(const RowViews& views, Row& row, cudaStream_t stream) {
@@ -452,7 +451,7 @@ class CudaRing {
   double beta_ = 0.0;
   int64_t stored_ = 0;          // rows of a game, as far as the host knows
   bool captured_add_ = false;   // whether the device may have stored more
-  bool seen_drawable_ = false;  // from then on there always is something to draw
+  bool seen_drawable_ = false;  // from then on there is always something to draw
   std::vector<int32_t> actions_;
 };
 

@@ -14,10 +14,10 @@ PYBIND11_MODULE(_cuda, m) {
   bind_tree<CudaTree>(m);
   bind_ring<CudaRing>(m).def_static("row_bytes", &CudaRing::row_bytes, py::arg("num_envs"),
                                     py::arg("frame_bytes"),
-                                    "Bytes of a staging slot that holds a row of each game.");
+                                    "Bytes of a staging slot for one row of each game.");
 
   py::class_<PinnedMemory>(m, "PinnedMemory", py::module_local(), py::buffer_protocol(),
-                           "Pinned host memory, which the device reads and writes too.")
+                           "Pinned host memory, which the device can read and write.")
       .def(py::init([](int64_t bytes, int index) {
              const DeviceGuard guard(std::max(index, 0));
              return std::make_unique<PinnedMemory>(bytes);
@@ -29,7 +29,7 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def("use_kernels", &use_kernels, py::arg("kernels"),
         "Launches the \"tuned\" (default) or the plain \"reference\" kernels from now on, in the\n"
-        "whole process. Returns the name in use before. Raises ValueError for another name.");
+        "whole process. Returns the previous name. Raises ValueError for another name.");
   m.attr("STAGING_SLOTS") = py::int_(Staging::kSlots);
   m.def(
       "free_memory",

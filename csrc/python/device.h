@@ -26,7 +26,7 @@ struct Device {
     return is_cpu() ? "the CPU" : py::cast<std::string>(py::str(torch_device));
   }
 
-  // An argument that is only read: on this device or on the CPU. ValueError elsewhere.
+  // A read-only argument, on this device or on the CPU. ValueError if it is elsewhere.
   TensorView input(const py::handle& object, const char* name) const {
     const TensorView v = view(object, name);
     if (holds(v) || v.device == TensorView::kCpu) return v;
@@ -50,7 +50,7 @@ struct Device {
     return v.as<T>();
   }
 
-  // The same of `out`, which becomes an empty tensor if it is None.
+  // The same for `out`. If it is None, it becomes a new tensor.
   template <typename T>
   T* output_or_new(py::object& out, int64_t n) const {
     if (out.is_none()) {
@@ -60,10 +60,10 @@ struct Device {
   }
 };
 
-// A list or tuple of Python integers as an int64 tensor on the CPU. TypeError for anything else in
-// it, bool included.
+// A list or tuple of Python integers as an int64 tensor on the CPU. TypeError for other elements,
+// including bool.
 inline py::object integers_from_sequence(const py::handle& sequence, const char* name) {
-  const py::tuple items(py::reinterpret_borrow<py::object>(sequence));  // a list may change
+  const py::tuple items(py::reinterpret_borrow<py::object>(sequence));  // a copy: a list may change
   const int64_t n = static_cast<int64_t>(items.size());
   py::object tensor = empty_1d(n, DType::kInt64);
   int64_t* const to = view(tensor, name).as<int64_t>();
@@ -72,7 +72,7 @@ inline py::object integers_from_sequence(const py::handle& sequence, const char*
     PyObject* const integer = PyBool_Check(item) ? nullptr : PyNumber_Index(item);
     if (integer == nullptr) {
       PyErr_Clear();
-      throw py::type_error(std::string(name) + " must hold integers, not " +
+      throw py::type_error(std::string(name) + " must contain integers, not " +
                            Py_TYPE(item)->tp_name);
     }
     int overflow = 0;
@@ -83,7 +83,7 @@ inline py::object integers_from_sequence(const py::handle& sequence, const char*
   return tensor;
 }
 
-// Integers (n,) that a call only reads: int64 as they are, int32 and lists converted.
+// Read-only integers (n,): int64 is used in place, int32 and lists are converted.
 struct Indices {
   py::object owner;  // of `data`
   const int64_t* data;
@@ -155,7 +155,7 @@ struct Pairs {
 
  private:
   const double* read_finite(const char* name) const {
-    // Of the thread: another one may make a call of the same replay while this one waits.
+    // One per thread: another thread may call the same replay while this one waits.
     static thread_local std::vector<double> doubles;
     const int64_t n = indices.n;
     doubles.resize(static_cast<size_t>(n));

@@ -162,7 +162,7 @@ void from_buffer(py::handle object, const char* name, TensorView& v) {
   PyBuffer_Release(&buffer);  // the caller's reference keeps the memory alive
   if (!fits) throw py::value_error(std::string(name) + " has too many dimensions");
   if (!whole) {
-    throw py::value_error(std::string(name) + " has strides that are no multiple of its item size");
+    throw py::value_error(std::string(name) + " must have strides in multiples of its item size");
   }
 }
 
@@ -207,7 +207,7 @@ TensorView view(py::handle object, const char* name) {
   const Torch& torch = torch_module();
   v.is_tensor = torch.tensor_type != nullptr && PyObject_TypeCheck(object.ptr(), torch.tensor_type);
   if (v.is_tensor) {
-    // A subclass may wrap another tensor, so it is read by its attributes.
+    // A subclass may wrap another tensor, so it is read through its attributes.
     const bool exact = Py_TYPE(object.ptr()) == torch.tensor_type;
     const bool exchanged =
         exact && torch.exchange != nullptr && from_exchange(*torch.exchange, object, v);

@@ -37,7 +37,7 @@ struct TensorView {
   char* data;  // null if neither on the CPU nor on a CUDA device
   DType dtype;
   int device;      // kCpu, the number of a CUDA device, or kElsewhere
-  bool is_tensor;  // of torch
+  bool is_tensor;  // a torch tensor
   bool writable;
   int ndim;
   int64_t shape[kMaxDims];
@@ -52,8 +52,8 @@ struct TensorView {
   bool contiguous_from(int first) const;
 };
 
-// What `object` says. `name` is what errors call it. TypeError if it is neither a tensor nor an
-// array.
+// The view of `object`, which is called `name` in error messages. TypeError if it is neither a
+// tensor nor an array.
 TensorView view(pybind11::handle object, const char* name);
 
 // TypeError or ValueError unless the view is 1-D, contiguous, of this dtype and, with n >= 0, of

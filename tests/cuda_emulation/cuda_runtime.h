@@ -5,8 +5,8 @@
 //   streams.h    streams, events and graphs
 //   this file    CUDA's names: qualifiers, intrinsics, atomics, calls of the runtime
 //
-// A call that CUDA forbids during a capture fails here, too. tests/emulated.py drives streams and
-// graphs by the functions at the end.
+// A call that CUDA forbids during a capture fails here, too. tests/emulated.py controls streams and
+// graphs through the functions at the end.
 #pragma once
 
 #include <algorithm>
@@ -128,7 +128,7 @@ constexpr unsigned cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
 namespace emulation {
 inline cudaError_t last_error = cudaSuccess;
 inline cudaError_t failed(cudaError_t error) { return last_error = error; }
-// Whether a call that a capture in global mode forbids to all threads would fail now.
+// Whether a call that is forbidden to all threads during a capture in global mode would fail now.
 inline bool is_forbidden() { return streams.captures > 0 && !streams.is_relaxed; }
 }  // namespace emulation
 
@@ -160,8 +160,8 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return *event = new std::shared_ptr<bool>(new bool(true)), cudaSuccess;
 }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-// In a capture, external records and waits become nodes: each launch records the event anew, and
-// waits for its last record before the launch.
+// In a capture, external records and waits become nodes: each launch records the event again, and
+// waits for the last record before the launch.
 inline cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle,
                                             unsigned flags) {
   const auto record = [event](emulation::Stream& stream) {
@@ -253,13 +253,13 @@ EMULATION_API void* emulation_stream() {
 EMULATION_API void emulation_slow(void* stream, int slow) {
   emulation::stream_of(static_cast<cudaStream_t>(stream)).is_slow = slow != 0;
 }
-// Runs what is enqueued before torch works on a stream. Does not count as a wait of the host.
+// Runs all enqueued work before torch uses a stream. Does not count as a wait of the host.
 EMULATION_API void emulation_drain(void* stream) {
   const int64_t before = emulation::streams.waits;
   emulation::drain(emulation::stream_of(static_cast<cudaStream_t>(stream)));
   emulation::streams.waits = before;
 }
-// Fills a tensor of torch in the order of the stream, as torch.zeros does.
+// Fills a torch tensor in stream order, as torch.zeros does.
 EMULATION_API void emulation_fill(void* stream, void* memory, int byte, int64_t bytes) {
   emulation::enqueue(emulation::stream_of(static_cast<cudaStream_t>(stream)),
                      [=] { std::memset(memory, byte, static_cast<size_t>(bytes)); });
@@ -277,7 +277,7 @@ EMULATION_API void* emulation_capture(void* stream) {
   auto* const graph = new emulation::Graph{++emulation::streams.capture_ids, {}};
   return emulation::stream_of(static_cast<cudaStream_t>(stream)).graph = graph;
 }
-// Makes another stream part of the capture of `stream`, as an event that it waits for would.
+// Makes another stream part of the capture of `stream`, as waiting for its event would do.
 EMULATION_API void emulation_fork(void* stream, void* other) {
   emulation::stream_of(static_cast<cudaStream_t>(other)).graph =
       emulation::stream_of(static_cast<cudaStream_t>(stream)).graph;

@@ -2,10 +2,10 @@
 //
 //   scheduler --swapcontext--> fiber (thread t of block b) --suspend()--> scheduler ...
 //
-//   - A fiber runs until it waits at a barrier or a warp operation, or gives way at an atomic.
+//   - A fiber runs until it waits at a barrier or a warp operation, or yields at an atomic.
 //   - kConcurrentBlocks blocks run at a time. The order of blocks is shuffled for each launch and
-//     the order of threads for each pass, so code that depends on an order fails some day.
-//   - If no fiber of a running block can go on, some threads wait at a barrier that others never
+//     the order of threads for each pass, so code that depends on an order fails sooner or later.
+//   - If no fiber of a running block can continue, some threads wait at a barrier that others never
 //     reach: the process aborts.
 #pragma once
 
@@ -32,7 +32,7 @@ namespace emulation {
 constexpr size_t kStackBytes = 128 << 10;
 constexpr unsigned kConcurrentBlocks = 3;
 
-// A reusable barrier. The last of its members to arrive opens the next round.
+// A reusable barrier. The last member to arrive starts the next round.
 struct Barrier {
   int members = 0, arrived = 0;
   uint64_t round = 0;
@@ -40,7 +40,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  // What each lane contributed to a warp operation, in this round and in the one before, which
+  // What each lane contributed to a warp operation, in this round and in the previous one, which
   // slower lanes may still be reading.
   uint64_t values[2][32];
 };
@@ -61,7 +61,7 @@ struct Fiber {
   unsigned thread;
   bool is_done;
   const Barrier* waits_at;  // null: can run
-  uint64_t round;           // of that barrier, which it waits to see end
+  uint64_t round;           // of that barrier: the fiber waits until it ends
 
   bool can_run() const { return !is_done && (waits_at == nullptr || waits_at->round != round); }
 };
@@ -76,10 +76,10 @@ struct Scheduler {
 };
 inline Scheduler scheduler;
 
-// Back to the scheduler, which resumes this fiber in a later pass.
+// Returns to the scheduler, which resumes this fiber in a later pass.
 inline void suspend() { swapcontext(&scheduler.current->context, &scheduler.context); }
 
-// Before every atomic: another thread may come first.
+// Called before every atomic, so that other threads may come first.
 inline void maybe_suspend() {
   if (scheduler.random() % 8 == 0) suspend();
 }
@@ -122,8 +122,8 @@ void exchange(T value, T* all) {
   for (int i = 0; i < w.barrier.members; ++i) std::memcpy(&all[i], &values[i], sizeof value);
 }
 
-// The shared variable of this block that belongs to one declaration: `Key` is the type of a lambda
-// that is written there.
+// This block's shared variable of one declaration. `Key` is the type of a lambda in the
+// declaration, which makes it unique.
 template <typename T, typename Key>
 T& shared(Key) {
   static const char key = 0;

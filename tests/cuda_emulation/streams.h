@@ -1,13 +1,13 @@
 // Streams, events and graphs of the emulation.
 //
 //   stream    a queue of tasks: grids, copies, event records, waits for events
-//   event     a flag that its last record sets when the stream gets there
+//   event     a flag that its last record sets when the stream reaches it
 //   graph     a list of grids, external event records and external waits, filled while a stream is
 //             captured; a launch enqueues them
 //
-// Nothing runs when it is enqueued. Tasks run late, in the order of their stream and, between
-// streams, in any order that the events allow: either because later work was enqueued (a few at
-// random) or because the host waits. So work that nobody waits for may not have happened yet.
+// Enqueuing does not run a task. Tasks run later, either when other work is enqueued (a few at
+// random) or when the host waits. Each stream runs its tasks in order; between streams, any order
+// that the events allow is possible. So work that nobody waits for may not have run yet.
 #pragma once
 
 #include <cstdint>
@@ -47,10 +47,10 @@ struct Streams {
   std::vector<std::unique_ptr<Stream>> all;
   std::mt19937 random{2};
   int captures = 0;          // in progress
-  uint64_t capture_ids = 0;  // given out
+  uint64_t capture_ids = 0;  // used so far
   bool is_relaxed = false;   // the capture mode of this thread
   int64_t waits = 0;         // of the host for work that was not done yet
-  int64_t launches = 0;      // of kernels, captured ones included
+  int64_t launches = 0;      // of kernels, including captured ones
 };
 inline Streams streams;
 
