@@ -359,8 +359,9 @@ class Run:
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, *_) -> None:

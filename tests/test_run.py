@@ -72,10 +72,17 @@ def main_in_process(script, options, monkeypatch):
     script.main(script.parse_args())
 
 
+def default_signals():
+    """In a child: what a terminal gives it, also where the tests run under nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(name, options, cwd, **kwargs):
     """Starts a run in the background. -> (process, its folder), once it has printed the folder"""
     command = [sys.executable, str(ALGOS / f"{name}.py"), *flags(options)]
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    settings |= {"preexec_fn": default_signals} | kwargs
     process = subprocess.Popen(command, cwd=cwd, **settings)
     line = process.stdout.readline()
     assert "all in runs/" in line, line + process.stderr.read()
@@ -332,7 +339,8 @@ def test_ctrl_c_ends_an_evaluation_with_one_line(in_tmp):
     assert run("dqn_cartpole", options, in_tmp).returncode == 0
     command = [sys.executable, str(ALGOS / "dqn_cartpole.py"), "--evaluate"]
     command += [str(checkpoint_of(in_tmp)), "--eval-episodes", "1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=default_signals, **pipes)
     while process.poll() is None and not handles_hangup(process):
         time.sleep(0.1)
     time.sleep(1)
