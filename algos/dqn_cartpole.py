@@ -432,7 +432,7 @@ class Run:
             try:
                 wandb.init(**where, name=run_name, config=asdict(args), sync_tensorboard=True)
             except Exception as e:
-                sys.exit(f"error: --track: {str(e).strip().splitlines()[0]}")
+                sys.exit(f"error: --track: {e!r}")
         # The next call raises a failed write of the log again: hide the thread's own traceback.
         threading.excepthook = lambda e: (
             None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
@@ -571,7 +571,7 @@ def save_film(path: Path, pictures) -> None:
             writer.write_frame(picture)
         writer.close()
     except Exception as e:  # a film is not worth a training
-        tqdm.write(f"error: {path} not written ({str(e).strip().splitlines()[0]})")
+        tqdm.write(f"error: {path} not written ({e!r})")
 
 
 def save_checkpoint(path: Path, state: dict) -> bool:
@@ -597,7 +597,7 @@ def save_checkpoint(path: Path, state: dict) -> bool:
 def load_checkpoint(path: str, verify: bool = True) -> dict:
     """Read a checkpoint of this script without running code from it, or exit with one line."""
     try:
-        if verify and zipfile.ZipFile(path).testzip():  # torch checks no sums with mmap
+        if verify and zipfile.ZipFile(path).testzip():  # torch does not, with mmap
             raise ValueError("a checksum differs")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["script"] != Path(__file__).stem:

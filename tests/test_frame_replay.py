@@ -728,7 +728,11 @@ BAD_OUTS = [
     (swap("obs", torch.zeros((8, 4, 2, 3), dtype=torch.uint8)), ValueError, "shape"),
     (swap("obs", torch.zeros((8, 4, 2, 2))), TypeError, "uint8"),
     (swap("next_obs", torch.zeros((8, 4, 2, 2))), TypeError, "next_obs must be uint8"),
-    (swap("obs", torch.zeros((8, 2, 2, 4), dtype=torch.uint8).movedim(3, 1)), ValueError, "contiguous samples"),
+    (
+        swap("obs", torch.zeros((8, 2, 2, 4), dtype=torch.uint8).movedim(3, 1)),
+        ValueError,
+        "contiguous samples",
+    ),
     (
         swap("obs", torch.zeros((1, 4, 2, 2), dtype=torch.uint8).expand(8, 4, 2, 2)),
         ValueError,

@@ -849,17 +849,18 @@ def test_an_environment_that_cannot_be_filmed_is_refused_at_the_start(odd, in_tm
     assert not (in_tmp / "runs").exists()
 
 
-def test_a_film_that_fails_does_not_stop_a_run(in_tmp, monkeypatch, capsys):
+@pytest.mark.parametrize("message", ["no picture today", ""])
+def test_a_film_that_fails_does_not_stop_a_run(message, in_tmp, monkeypatch, capsys):
     script = load("dqn_cartpole")
 
     def failing(*args):
         yield np.zeros((4, 4, 3), np.uint8)
-        raise RuntimeError("no picture today")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(script, "film", failing)
     options = small("dqn_cartpole") | {"capture_video": True, "total_timesteps": 400}
     main_in_process(script, options, monkeypatch)
-    assert "step-400.mp4 not written (no picture today)" in capsys.readouterr().out
+    assert f"step-400.mp4 not written (RuntimeError({message!r}))" in capsys.readouterr().out
     assert script.load_checkpoint(checkpoint_of(in_tmp))["global_step"] == 400
 
 
