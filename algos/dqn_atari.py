@@ -136,7 +136,7 @@ def main(args: Args) -> None:
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
                 batch = replay.sample(args.batch_size)
                 loss, _, q_taken = loss_fn(q_network, target_network, batch, args)
-                optimizer.zero_grad()
+                q_network.zero_grad()
                 loss.backward()
                 optimizer.step()
             # ---- 4. sync target ------------------------------------------------------------------
@@ -175,6 +175,7 @@ from pathlib import Path
 import gymnasium as gym
 import tyro
 from ale_py.vector_env import AtariVectorEnv
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -645,12 +646,13 @@ class Run:
         threading.excepthook = lambda e: (
             None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
         )
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         try:
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.step or None)
+            log = SummaryWriter(str(self.folder), purge_step=self.step or None)
+            log.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+            self.writer = log.file_writer
         except OSError as e:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
-        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        self.write("add_text", "hyperparameters", f"|argument|value|\n|-|-|\n{table}")
         replay = f"{args.buffer} replay of {args.buffer_size * BYTES_PER_ROW / 1e9:.1f} GB"
         print(f"{args.exp_name}: {args.env_id}, {replay}, all in {self.folder}", flush=True)
         if args.buffer == "cuda":
@@ -682,7 +684,7 @@ class Run:
             raise
         finally:
             self.bar.close()
-            self.write("close")
+            self.write({}, self.step, close=True)
 
     def due(self, every: int) -> int:
         """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
@@ -713,8 +715,8 @@ class Run:
         args, step = self.args, self.step + self.args.num_envs
         for _, episode_return, length in episodes:
             self.returns.append(episode_return)
-            self.write("add_scalar", "charts/episodic_return", episode_return, step)
-            self.write("add_scalar", "charts/episodic_length", length, step)
+            episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
+            self.write(episode, step)
         if not self.due(args.log_frequency):
             return
         if args.buffer == "cuda":
@@ -730,14 +732,16 @@ class Run:
         self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
         figures["charts/SPS"] = (step - self.first_step) / seconds
         figures["charts/hours"] = (self.seconds_before + seconds) / 3600
-        for name, x in figures.items():
-            self.write("add_scalar", name, x, step)
+        self.write(figures, step)
 
-    def write(self, what: str, *values) -> None:
-        """Call a method of the TensorBoard writer; go on without a log if that fails."""
+    def write(self, figures: dict, step: int, close: bool = False) -> None:
+        """Write one event to the log, with all figures; go on without a log if that fails."""
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in figures.items()]
         try:
             if self.writer:
-                getattr(self.writer, what)(*values)
+                self.writer.add_summary(Summary(value=values), step)
+                if close:
+                    self.writer.close()
         except OSError as e:
             self.writer = None
             tqdm.write(f"error: cannot log to {self.folder} ({e.strerror}); training continues.")
@@ -756,7 +760,7 @@ class Run:
         score = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
         tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {score}")
         if not args.evaluate:
-            self.write("add_scalar", "eval/episodic_return", returns.mean(), self.step)
+            self.write({"eval/episodic_return": returns.mean()}, self.step)
         if args.capture_video:
             folder = Path(args.evaluate).parent if args.evaluate else self.folder
             save_film(folder / f"videos/step-{self.step}.mp4", film(args, seed, actions))

@@ -11,7 +11,7 @@ Parent: none. Read down to the line of =: that is all of DQN. Then: diff with dd
 Deviations from the paper (its value in parentheses):
 1. Vector observations, a perceptron, 4 environments, unclipped rewards, 200,000 steps (50M).
 2. Adam (learning rate 1e-3 annealed to 0; its epsilon 1e-8) instead of RMSProp; PyTorch's default
-   initialisation; batch 64 (32), an update every 2 steps (4), replay 200,000 (1M), start 2,000.
+   initialisation; batch 128 (32), an update every 2 steps (4), replay 200,000 (1M), start 2,000.
 3. Squared error (--loss huber: errors clipped to [-1, 1], as in the paper).
 4. theta^- lives 250 updates (10,000); epsilon ends at 0.05 (0.1) and is 0 in evaluation (0.05).
 
@@ -42,7 +42,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     gamma: float = 0.99  # discount factor
     tau: float = 1.0  # theta^- <- tau theta + (1 - tau) theta^-; 1 copies the network
     target_network_frequency: int = 500  # environment steps between refreshes of theta^-
-    batch_size: int = 64  # transitions per update
+    batch_size: int = 128  # transitions per update
     loss: Literal["mse", "huber"] = "mse"  # squared error, or clipped as in the paper
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
@@ -63,10 +63,10 @@ class Replay:
     """A ring buffer of at most `capacity` transitions, one column per field of Batch."""
 
     def __init__(self, capacity: int, obs_size: int, device: torch.device):
-        self.capacity, self.next, self.size = capacity, 0, 0  # next: the row to write next
-        vectors, scalars = torch.zeros(2, capacity, obs_size), torch.zeros(2, capacity)
-        columns = (vectors[0], torch.zeros(capacity).long(), scalars[0], vectors[1], scalars[1])
-        self.columns = [column.to(device) for column in columns]
+        self.capacity, self.device, self.next, self.size = capacity, device, 0, 0
+        obs, next_obs = np.zeros((2, capacity, obs_size), np.float32)
+        rewards, discounts = np.zeros((2, capacity), np.float32)
+        self.columns = (obs, np.zeros(capacity, np.int64), rewards, next_obs, discounts)
 
     def __len__(self) -> int:
         return self.size
@@ -76,13 +76,13 @@ class Replay:
         n = len(transitions[0])
         self.next = 0 if self.next + n > self.capacity else self.next  # wrap around
         for column, new in zip(self.columns, transitions):
-            column[self.next : self.next + n] = torch.from_numpy(new)
+            column[self.next : self.next + n] = new
         self.next += n
         self.size = max(self.size, self.next)
 
     def sample(self, batch_size: int) -> Batch:
-        rows = torch.randint(self.size, (batch_size,), device=self.columns[0].device)  # uniform
-        return Batch(*(column.index_select(0, rows) for column in self.columns))
+        rows = torch.randint(self.size, (batch_size,)).numpy()  # uniform
+        return Batch(*(torch.from_numpy(x.take(rows, 0)).to(self.device) for x in self.columns))
 
 
 class QNetwork(nn.Module):
@@ -157,7 +157,7 @@ def main(args: Args) -> None:
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
                 batch = replay.sample(args.batch_size)
                 loss, _, q_taken = loss_fn(q_network, target_network, batch, args)
-                optimizer.zero_grad()
+                q_network.zero_grad()
                 loss.backward()
                 optimizer.step()
             # ---- 5. sync target ------------------------------------------------------------------
@@ -175,6 +175,7 @@ def main(args: Args) -> None:
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -190,6 +191,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -255,7 +257,7 @@ class Environments:
         return self.obs
 
     def check_finite(self, total: float) -> None:
-        if not np.isfinite(total):
+        if not math.isfinite(total):
             sys.exit(f"error: {self.env_id} returned a NaN or infinite observation or reward.")
 
     def step(self, actions: np.ndarray):
@@ -272,7 +274,7 @@ class Environments:
             self.returns[i] += float(reward)
             if terminated or truncated:
                 episodes.append((i, self.returns[i], len(self.actions[i])))
-        self.check_finite(obs.sum() + rewards.sum())
+        self.check_finite(obs.sum() + sum(self.returns))
         self.obs = obs
         return obs, rewards, terminations, truncations, {"episodes": episodes}
 
@@ -300,7 +302,7 @@ def make_envs(env_id: str, num_envs: int, seed, **options) -> Environments:
 
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
     """Play whole episodes -> their unclipped returns, and the actions of the first, for a film."""
-    n, rng = min(args.eval_episodes, 10), np.random.default_rng(seed)
+    n, rng = min(args.eval_episodes, 100), np.random.default_rng(seed)
     returns, first_episode, filming = [], [], True
     limit = make_envs(args.env_id, 1, seed).envs[0].spec.max_episode_steps
     envs = make_envs(args.env_id, n, seed, max_episode_steps=limit or args.eval_max_steps)
@@ -408,7 +410,7 @@ class Run:
         if not all(x.isfinite().all() for x in state["q_network"].values()):
             sys.exit("error: a weight is NaN or infinite.")
         if self.args.checkpoint_replay:
-            columns = [column[: self.replay.size].cpu() for column in self.replay.columns]
+            columns = [torch.from_numpy(x[: self.replay.size]) for x in self.replay.columns]
             state["replay"] = (self.replay.next, self.replay.size, columns)
         state |= {"envs": self.envs.state_dict(), "rng": self.rng.bit_generator.state}
         state["torch_rng"] = torch.get_rng_state()
@@ -437,12 +439,13 @@ class Run:
         threading.excepthook = lambda e: (
             None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
         )
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         try:
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.step or None)
+            log = SummaryWriter(str(self.folder), purge_step=self.step or None)
+            log.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+            self.writer = log.file_writer
         except OSError as e:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
-        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        self.write("add_text", "hyperparameters", f"|argument|value|\n|-|-|\n{table}")
         print(f"{args.exp_name}: {args.env_id}, all in {self.folder}", flush=True)
         total, interval = args.total_timesteps, 0.2 if sys.stderr.isatty() else 30  # seconds
         self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=interval)
@@ -471,7 +474,7 @@ class Run:
             raise
         finally:
             self.bar.close()
-            self.write("close")
+            self.write({}, self.step, close=True)
 
     def due(self, every: int) -> int:
         """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
@@ -502,8 +505,8 @@ class Run:
         args, step = self.args, self.step + self.args.num_envs
         for _, episode_return, length in episodes:
             self.returns.append(episode_return)
-            self.write("add_scalar", "charts/episodic_return", episode_return, step)
-            self.write("add_scalar", "charts/episodic_length", length, step)
+            episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
+            self.write(episode, step)
         if not self.due(args.log_frequency):
             return
         seconds = time.time() - self.started
@@ -517,14 +520,16 @@ class Run:
         self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
         figures["charts/SPS"] = (step - self.first_step) / seconds
         figures["charts/hours"] = (self.seconds_before + seconds) / 3600
-        for name, x in figures.items():
-            self.write("add_scalar", name, x, step)
+        self.write(figures, step)
 
-    def write(self, what: str, *values) -> None:
-        """Call a method of the TensorBoard writer; go on without a log if that fails."""
+    def write(self, figures: dict, step: int, close: bool = False) -> None:
+        """Write one event to the log, with all figures; go on without a log if that fails."""
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in figures.items()]
         try:
             if self.writer:
-                getattr(self.writer, what)(*values)
+                self.writer.add_summary(Summary(value=values), step)
+                if close:
+                    self.writer.close()
         except OSError as e:
             self.writer = None
             tqdm.write(f"error: cannot log to {self.folder} ({e.strerror}); training continues.")
@@ -543,7 +548,7 @@ class Run:
         score = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
         tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {score}")
         if not args.evaluate:
-            self.write("add_scalar", "eval/episodic_return", returns.mean(), self.step)
+            self.write({"eval/episodic_return": returns.mean()}, self.step)
         if args.capture_video:
             folder = Path(args.evaluate).parent if args.evaluate else self.folder
             save_film(folder / f"videos/step-{self.step}.mp4", film(args, seed, actions))
