@@ -36,7 +36,9 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     num_envs: int = 8  # games played in parallel
     seed: int = 1  # of the games, the network, exploration and replay
     total_timesteps: int = 10_000_000  # agent steps, summed over the games; one is four frames
-    learning_rate: float = 1e-4  # Adam's
+    learning_rate: float = 1e-4  # of the optimizer
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 1_000_000  # agent steps kept for replay; 7.1 kB each
     gamma: float = 0.99  # discount factor
     n_step: int = 1  # rewards summed before the bootstrap
@@ -46,7 +48,8 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     loss: Literal["huber", "mse"] = "huber"  # clipped error as in the paper, or squared
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
-    exploration_fraction: float = 0.10  # fraction of total_timesteps over which epsilon decays
+    exploration: Literal["linear", "exponential"] = "linear"  # how epsilon decays
+    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
 
@@ -96,9 +99,10 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
 
 
 def epsilon_at(step: int, args: Args) -> float:
-    """Epsilon decays linearly from start_e to end_e, then stays there."""
+    """Epsilon decays from start_e to end_e, linearly or exponentially."""
     duration = args.exploration_fraction * args.total_timesteps
-    progress = min(step / duration, 1.0) if duration else 1.0
+    t = step / duration if duration else np.inf
+    progress = min(t, 1.0) if args.exploration == "linear" else 1 - np.exp(-t)
     return args.start_e + progress * (args.end_e - args.start_e)
 
 
@@ -118,7 +122,7 @@ def main(args: Args) -> None:
     envs = make_envs(args.env_id, args.num_envs, args.seed)
     q_network = QNetwork(envs.n_actions).to(run.device)
     target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = make_optimizer(q_network, args)
     replay = make_replay(args, run.device, n_step=args.n_step)  # stores each frame once
     learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     run.start(learner, replay, envs)  # what a checkpoint holds; --resume loads it here
@@ -212,6 +216,7 @@ class RunArgs(Args):
 VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
 FRAMES_PER_SECOND = 15  # of a film: an agent step is 4 of 60 frames
 FIXED_WITH_REPLAY = ("buffer", "buffer_size", "gamma", "n_step")  # what a saved replay depends on
+ENV_DEFAULTS = {}  # defaults that depend on --env-id
 BYTES_PER_ROW = 84 * 84 + 14  # of the replay
 
 
@@ -493,6 +498,24 @@ class Games(AtariVectorEnv):
         self.replay_actions()
 
 
+def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
+    """The --optimizer. Its step first clips the gradient to --max-grad-norm, unless that is 0."""
+    parameters, rate = [*q_network.parameters()], args.learning_rate
+    if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
+        optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
+    elif args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+    else:
+        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+    if args.max_grad_norm:
+
+        def clip(*_) -> None:
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
 def make_envs(env_id: str, num_envs: int, seed, **options) -> Games:
     """The games of a v4 or v5 id, with the sticky actions that the id stands for."""
     try:
@@ -570,6 +593,7 @@ class Run:
         self.rng = np.random.default_rng(args.seed)
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
+        self.episodes = self.saved.get("episodes", 0)
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
@@ -623,6 +647,7 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         state |= {"global_step": self.step, "recent_returns": list(self.returns)}
         state["seconds"] = self.seconds_before + time.time() - self.started
+        state["episodes"] = self.episodes
         args = asdict(self.args) | {"resume": None, "evaluate": None}
         if "replay" not in state:
             args["buffer"] = "auto"  # any will do for the resumed run
@@ -700,7 +725,11 @@ class Run:
         if self.step == self.first_step and not self.stop:
             print("no step was trained: raise --total-timesteps, or change --stop-return")
         elif self.is_solved():
-            print(f"the last 100 episodes reached --stop-return {self.args.stop_return}")
+            seconds = self.seconds_before + time.time() - self.started
+            print(
+                f"the last 100 episodes reached --stop-return {self.args.stop_return:g}, after "
+                f"{self.episodes} episodes, {self.step} steps and {seconds:.1f} seconds"
+            )
         saved = self.save()
         if self.step >= self.args.total_timesteps or self.is_solved():
             self.evaluate()
@@ -715,6 +744,7 @@ class Run:
         args, step = self.args, self.step + self.args.num_envs
         for _, episode_return, length in episodes:
             self.returns.append(episode_return)
+            self.episodes += 1
             episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
             self.write(episode, step)
         if not self.due(args.log_frequency):
@@ -819,15 +849,18 @@ def load_checkpoint(path: str, verify: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {state['script']}.py")
-        expected = asdict(RunArgs()) | {"global_step": 0, "seconds": 0.0, "recent_returns": []}
-        found = state["args"] | {name: state[name] for name in [*expected][-3:]}
+        counters = {"global_step": 0, "episodes": 0, "seconds": 0.0, "recent_returns": []}
+        expected = asdict(RunArgs()) | counters
+        found = state["args"] | {name: state[name] for name in counters}
         if expected.keys() != found.keys():
             raise ValueError(f"other arguments: {', '.join(expected.keys() ^ found.keys())}")
         for name, default in expected.items():
             if default is not None and type(found[name]) is not type(default):
                 raise ValueError(f"its {name} is {found[name]!r}")
-        if found["global_step"] < 0 or {type(x) for x in found["recent_returns"]} - {float}:
-            raise ValueError("its step or its returns are damaged")
+        if min(found["global_step"], found["episodes"]) < 0:
+            raise ValueError("its step or its number of episodes is negative")
+        if {type(x) for x in found["recent_returns"]} - {float}:
+            raise ValueError("its returns are damaged")
         return state
     except FileNotFoundError:
         sys.exit(f"error: no checkpoint at {path}; look for runs/<run>/checkpoint.pt.")
@@ -853,6 +886,10 @@ def parse_args() -> RunArgs:
     for word in sys.argv[1:]:
         words += CLEANRL_FLAGS.get(word.replace("_", "-"), [word])
     args = tyro.cli(RunArgs, args=words)
+    for prefix, defaults in ENV_DEFAULTS.items():
+        if args.env_id.startswith(prefix):
+            known = {k: v for k, v in defaults.items() if hasattr(RunArgs, k)}
+            args = tyro.cli(RunArgs, args=words, default=RunArgs(**known))
     path = args.resume or args.evaluate
     if not path:
         return args
@@ -886,6 +923,7 @@ def check_args(args: RunArgs) -> None:
 
     fractions = ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "eval_e")
     or_zero = ("seed", "torch_threads", "eval_frequency", "eval_episodes", "checkpoint_frequency")
+    or_zero += ("max_grad_norm",)
     positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
     positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
     positive += ("log_frequency", "eval_max_steps")

@@ -32,11 +32,13 @@ import torch.nn.functional as F
 
 @dataclass
 class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume and so on
-    env_id: str = "CartPole-v1"  # any environment with vector observations and discrete actions
+    env_id: str = "CartPole-v1"  # vectors, or MinAtar/Breakout-v1 and so on; discrete actions
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 200_000  # environment steps, summed over the environments
-    learning_rate: float = 1e-3  # Adam's
+    learning_rate: float = 1e-3  # of the optimizer
+    optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
     gamma: float = 0.99  # discount factor
@@ -46,30 +48,28 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     loss: Literal["mse", "huber"] = "mse"  # squared error, or clipped as in the paper
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
-    exploration_fraction: float = 0.2  # fraction of total_timesteps over which epsilon decays
+    exploration: Literal["linear", "exponential"] = "linear"  # how epsilon decays
+    exploration_fraction: float = 0.2  # decay time, as a fraction of total_timesteps
     learning_starts: int = 2_000  # transitions stored before the first update
     train_frequency: int = 2  # environment steps per update
 
 
 class Batch(NamedTuple):
-    obs: torch.Tensor  # s, (B, D) float32
+    obs: torch.Tensor  # s, (B, D) float32, or (B, 10, 10, C) uint8 for MinAtar
     actions: torch.Tensor  # a, (B,) int64
     rewards: torch.Tensor  # r, (B,) float32
-    next_obs: torch.Tensor  # s', (B, D) float32
+    next_obs: torch.Tensor  # s', like obs
     discounts: torch.Tensor  # gamma, or 0 where s' is terminal, (B,) float32
 
 
 class Replay:
     """A ring buffer of at most `capacity` transitions, one column per field of Batch."""
 
-    def __init__(self, capacity: int, obs_size: int, device: torch.device):
+    def __init__(self, capacity: int, obs_space, device: torch.device):
         self.capacity, self.device, self.next, self.size = capacity, device, 0, 0
-        obs, next_obs = np.zeros((2, capacity, obs_size), np.float32)
+        obs, next_obs = np.zeros((2, capacity, *obs_space.shape), obs_space.dtype)
         rewards, discounts = np.zeros((2, capacity), np.float32)
         self.columns = (obs, np.zeros(capacity, np.int64), rewards, next_obs, discounts)
-
-    def __len__(self) -> int:
-        return self.size
 
     def add(self, *transitions: np.ndarray) -> None:
         """Store n transitions, given as the fields of a Batch with n rows each."""
@@ -86,15 +86,13 @@ class Replay:
 
 
 class QNetwork(nn.Module):
-    """Two hidden layers: (B, D) observations -> (B, A) action values."""
+    """Two hidden layers: (B, D) observations -> (B, A) action values. Pictures: a convolution."""
 
-    def __init__(self, obs_size: int, n_actions: int):
+    def __init__(self, obs_space, n_actions: int):
         super().__init__()
         self.n_actions = n_actions
-        self.features = nn.Sequential(
-            nn.Linear(obs_size, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()
-        )
-        self.head = nn.Linear(84, n_actions)
+        self.features, n_features = make_features(obs_space.shape, (120, 84))
+        self.head = nn.Linear(n_features, n_actions)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(obs))
@@ -112,9 +110,10 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
 
 
 def epsilon_at(step: int, args: Args) -> float:
-    """Epsilon decays linearly from start_e to end_e, then stays there."""
+    """Epsilon decays from start_e to end_e, linearly or exponentially."""
     duration = args.exploration_fraction * args.total_timesteps
-    progress = min(step / duration, 1.0) if duration else 1.0
+    t = step / duration if duration else np.inf
+    progress = min(t, 1.0) if args.exploration == "linear" else 1 - np.exp(-t)
     return args.start_e + progress * (args.end_e - args.start_e)
 
 
@@ -132,10 +131,10 @@ def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
 def main(args: Args) -> None:
     run = Run(args)  # progress bar, logs, evaluations, checkpoints
     envs = make_envs(args.env_id, args.num_envs, args.seed)
-    q_network = QNetwork(envs.obs_size, envs.n_actions).to(run.device)
+    q_network = QNetwork(envs.obs_space, envs.n_actions).to(run.device)
     target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
-    replay = Replay(args.buffer_size, envs.obs_size, run.device)
+    optimizer = make_optimizer(q_network, args)
+    replay = Replay(args.buffer_size, envs.obs_space, run.device)
     learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     run.start(learner, replay, envs)  # what a checkpoint holds; --resume loads it here
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
@@ -150,10 +149,9 @@ def main(args: Args) -> None:
         replay.add(obs, actions, rewards, next_obs, args.gamma * (1 - terminations))
         obs = envs.reset(terminations | truncations)  # a new episode where one has ended
 
-        if len(replay) >= args.learning_starts:
+        if replay.size >= args.learning_starts:
             # ---- 4. learn ------------------------------------------------------------------------
-            for group in optimizer.param_groups if args.anneal_lr else ():
-                group["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+            run.anneal(optimizer)
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
                 batch = replay.sample(args.batch_size)
                 loss, _, q_taken = loss_fn(q_network, target_network, batch, args)
@@ -175,6 +173,7 @@ def main(args: Args) -> None:
 import contextlib
 import ctypes
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -221,6 +220,61 @@ class RunArgs(Args):
 VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
 FRAMES_PER_SECOND = 30  # of a film
 FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
+# Defaults for MinAtar: those of Obando-Ceron and Castro, 2021, arXiv:2011.14826, but for the steps
+# (10M), the network (theirs has no hidden layer after the convolution) and the annealed rate.
+ENV_DEFAULTS = {
+    "MinAtar/": {
+        "total_timesteps": 1_000_000,
+        "learning_rate": 2.5e-4,
+        "buffer_size": 100_000,
+        "target_network_frequency": 1_000,
+        "batch_size": 32,
+        "loss": "mse",
+        "end_e": 0.01,
+        "exploration_fraction": 0.25,
+        "learning_starts": 1_000,
+        "train_frequency": 4,
+        "eval_frequency": 100_000,
+    }
+}
+
+
+class Pictures(nn.Module):
+    """(B, H, W, C) uint8 -> (B, C, H, W) float32"""
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return obs.permute(0, 3, 1, 2).contiguous().float()  # contiguous: a faster gradient
+
+
+def make_features(shape: tuple, hidden: tuple) -> tuple[nn.Sequential, int]:
+    """The hidden layers for observations of this shape, and the size of the last one."""
+    if len(shape) == 1:
+        layers = []
+        for n_inputs, n_outputs in zip([*shape, *hidden], hidden):
+            layers += [nn.Linear(n_inputs, n_outputs), nn.ReLU()]
+        return nn.Sequential(*layers), hidden[-1]
+    height, width, channels = shape  # the network of Young and Tian, 2019, arXiv:1903.03176
+    convolution = (Pictures(), nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten())
+    linear = nn.Linear(16 * (height - 2) * (width - 2), 128)
+    return nn.Sequential(*convolution, linear, nn.ReLU()), 128
+
+
+def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
+    """The --optimizer. Its step first clips the gradient to --max-grad-norm, unless that is 0."""
+    parameters, rate = [*q_network.parameters()], args.learning_rate
+    if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
+        optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
+    elif args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+    else:
+        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+    if args.max_grad_norm:
+
+        def clip(*_) -> None:
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
 class Environments:
@@ -235,33 +289,42 @@ class Environments:
         space, actions = self.envs[0].observation_space, self.envs[0].action_space
         if not isinstance(actions, gym.spaces.Discrete):
             raise ValueError(f"it has {type(actions).__name__} actions; DQN needs Discrete ones")
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.shape[0]:
+        shape = space.shape if isinstance(space, gym.spaces.Box) else ()
+        pictures = len(shape) == 3 and shape[:2] == (10, 10)  # MinAtar's: bits, kept as bytes
+        if not pictures and (len(shape) != 1 or not shape[0]):
             raise ValueError(f"it observes {space}; this file needs a vector of numbers")
-        self.obs_size, self.n_actions = space.shape[0], int(actions.n)
+        bounds = (0, 1, shape, np.uint8) if pictures else (-np.inf, np.inf, shape, np.float32)
+        self.obs_space, self.n_actions = gym.spaces.Box(*bounds), int(actions.n)
         self.first_action = int(actions.start)  # the network's action 0
         self.env_id, self.num_envs, self.rng = env_id, num_envs, np.random.default_rng(seed)
-        self.obs = np.zeros((num_envs, self.obs_size), np.float32)
+        self.obs = np.zeros((num_envs, *shape), self.obs_space.dtype)
         self.seeds, self.returns, self.actions = [0] * num_envs, [0.0] * num_envs, None
 
     def reset(self, over: np.ndarray | None = None) -> np.ndarray:
-        """Start an episode where `over`, (num_envs,) bool, or everywhere at first. -> obs (n, D)"""
+        """Start an episode where `over`, (num_envs,) bool, or everywhere at first. -> obs"""
         if self.actions is None:
             self.actions, over = [[] for _ in self.envs], np.ones(self.num_envs, bool)
         if over is not None and over.any():
             self.obs = self.obs.copy()
             for i in np.flatnonzero(over):
-                seed = int(self.rng.integers(2**31))
-                self.seeds[i], self.returns[i], self.actions[i] = seed, 0.0, []
-                self.obs[i] = self.envs[i].reset(seed=seed)[0]
+                self.seeds[i] = int(self.rng.integers(2**31))
+                self.returns[i], self.actions[i] = 0.0, []
+                self.obs[i] = self.start(i)
             self.check_finite(self.obs.sum())
         return self.obs
+
+    def start(self, i: int) -> np.ndarray:
+        game = getattr(self.envs[i].unwrapped, "game", None)
+        if hasattr(game, "last_action"):
+            game.last_action = 0  # MinAtar would repeat the last action of the episode before
+        return self.envs[i].reset(seed=self.seeds[i])[0]
 
     def check_finite(self, total: float) -> None:
         if not math.isfinite(total):
             sys.exit(f"error: {self.env_id} returned a NaN or infinite observation or reward.")
 
     def step(self, actions: np.ndarray):
-        """-> next_obs (n, D), rewards (n,) float32, terminations, truncations (n,) bool, infos
+        """-> next_obs (n, ...), rewards (n,) float32, terminations, truncations (n,) bool, infos
 
         infos["episodes"]: (environment, return, length) of the episodes that ended.
         """
@@ -286,18 +349,32 @@ class Environments:
         self.seeds, self.returns, self.actions = (state[k] for k in ("seeds", "returns", "actions"))
         self.rng.bit_generator.state = state["rng"]
         for i, env in enumerate(self.envs):
-            self.obs[i] = env.reset(seed=self.seeds[i])[0]
+            self.obs[i] = self.start(i)
             for action in self.actions[i]:
                 self.obs[i] = env.step(action + self.first_action)[0]
 
 
 def make_envs(env_id: str, num_envs: int, seed, **options) -> Environments:
-    """Environments of any id with vector observations and discrete actions."""
+    """Environments of any id with vector observations, or MinAtar's, and discrete actions."""
+    if env_id.startswith("MinAtar/"):
+        register_minatar()
     try:
         return Environments(env_id, num_envs, seed, **options)
     except Exception as e:  # gymnasium raises many kinds: unknown ids, missing packages
         reason = str(e).strip().split("\n")[0].rstrip(".")
         sys.exit(f"error: --env-id {env_id}: {reason}. (Atari games: dqn_atari.py.)")
+
+
+def register_minatar() -> None:
+    """Register MinAtar's games with gymnasium, which its package leaves to the caller."""
+    if importlib.util.find_spec("minatar") is None:
+        sys.exit("error: MinAtar's games need its package: pip install minatar.")
+    logging.disable()  # it warns that seaborn is missing, which only a film needs
+    import minatar.gym
+
+    logging.disable(logging.NOTSET)
+    if "MinAtar/Breakout-v1" not in gym.registry:
+        minatar.gym.register_envs()
 
 
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
@@ -360,6 +437,7 @@ class Run:
         self.rng = np.random.default_rng(args.seed)
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
+        self.episodes = self.saved.get("episodes", 0)
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
@@ -418,6 +496,7 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         state |= {"global_step": self.step, "recent_returns": list(self.returns)}
         state["seconds"] = self.seconds_before + time.time() - self.started
+        state["episodes"] = self.episodes
         args = asdict(self.args) | {"resume": None, "evaluate": None}
         state |= {"script": Path(__file__).stem, "args": args}
         return save_checkpoint(self.folder / "checkpoint.pt", state)
@@ -480,6 +559,11 @@ class Run:
         """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
         return (self.step + self.args.num_envs) // every - self.step // every if every else 0
 
+    def anneal(self, optimizer: torch.optim.Optimizer) -> None:
+        """--anneal-lr: the learning rate decays linearly to zero over the run."""
+        for group in optimizer.param_groups if self.args.anneal_lr else ():
+            group["lr"] = self.args.learning_rate * (1 - self.step / self.args.total_timesteps)
+
     def is_solved(self) -> bool:
         goal, returns = self.args.stop_return, self.returns
         return goal is not None and len(returns) == 100 and np.mean(returns) >= goal
@@ -490,7 +574,11 @@ class Run:
         if self.step == self.first_step and not self.stop:
             print("no step was trained: raise --total-timesteps, or change --stop-return")
         elif self.is_solved():
-            print(f"the last 100 episodes reached --stop-return {self.args.stop_return}")
+            seconds = self.seconds_before + time.time() - self.started
+            print(
+                f"the last 100 episodes reached --stop-return {self.args.stop_return:g}, after "
+                f"{self.episodes} episodes, {self.step} steps and {seconds:.1f} seconds"
+            )
         saved = self.save()
         if self.step >= self.args.total_timesteps or self.is_solved():
             self.evaluate()
@@ -505,6 +593,7 @@ class Run:
         args, step = self.args, self.step + self.args.num_envs
         for _, episode_return, length in episodes:
             self.returns.append(episode_return)
+            self.episodes += 1
             episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
             self.write(episode, step)
         if not self.due(args.log_frequency):
@@ -607,15 +696,18 @@ def load_checkpoint(path: str, verify: bool = True) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {state['script']}.py")
-        expected = asdict(RunArgs()) | {"global_step": 0, "seconds": 0.0, "recent_returns": []}
-        found = state["args"] | {name: state[name] for name in [*expected][-3:]}
+        counters = {"global_step": 0, "episodes": 0, "seconds": 0.0, "recent_returns": []}
+        expected = asdict(RunArgs()) | counters
+        found = state["args"] | {name: state[name] for name in counters}
         if expected.keys() != found.keys():
             raise ValueError(f"other arguments: {', '.join(expected.keys() ^ found.keys())}")
         for name, default in expected.items():
             if default is not None and type(found[name]) is not type(default):
                 raise ValueError(f"its {name} is {found[name]!r}")
-        if found["global_step"] < 0 or {type(x) for x in found["recent_returns"]} - {float}:
-            raise ValueError("its step or its returns are damaged")
+        if min(found["global_step"], found["episodes"]) < 0:
+            raise ValueError("its step or its number of episodes is negative")
+        if {type(x) for x in found["recent_returns"]} - {float}:
+            raise ValueError("its returns are damaged")
         return state
     except FileNotFoundError:
         sys.exit(f"error: no checkpoint at {path}; look for runs/<run>/checkpoint.pt.")
@@ -641,6 +733,10 @@ def parse_args() -> RunArgs:
     for word in sys.argv[1:]:
         words += CLEANRL_FLAGS.get(word.replace("_", "-"), [word])
     args = tyro.cli(RunArgs, args=words)
+    for prefix, defaults in ENV_DEFAULTS.items():
+        if args.env_id.startswith(prefix):
+            known = {k: v for k, v in defaults.items() if hasattr(RunArgs, k)}
+            args = tyro.cli(RunArgs, args=words, default=RunArgs(**known))
     path = args.resume or args.evaluate
     if not path:
         return args
@@ -674,6 +770,7 @@ def check_args(args: RunArgs) -> None:
 
     fractions = ("gamma", "tau", "start_e", "end_e", "exploration_fraction", "eval_e")
     or_zero = ("seed", "torch_threads", "eval_frequency", "eval_episodes", "checkpoint_frequency")
+    or_zero += ("max_grad_norm",)
     positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
     positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
     positive += ("log_frequency", "eval_max_steps")
@@ -705,7 +802,9 @@ def check_replay_args(args: RunArgs, must) -> None:
     stored = args.buffer_size // args.num_envs * args.num_envs
     for name in ("learning_starts", "batch_size"):
         must(name, f"at most {stored}, what --buffer-size holds", getattr(args, name) <= stored)
-    fits = free_memory() // 100 // 1_000 * 1_000  # 100 bytes a transition: 10 numbers in a vector
+    # Vectors of 10 numbers, or MinAtar's largest pictures, 10x10x10: s and s', and 20 bytes more.
+    bytes_per_row = 2_020 if args.env_id.startswith("MinAtar/") else 100
+    fits = free_memory() // bytes_per_row // 1_000 * 1_000
     must("buffer_size", f"at most {fits} to fit into memory", args.buffer_size <= fits)
 
 

@@ -116,7 +116,7 @@ vectors = st.lists(st.integers(1, 4), min_size=1, max_size=40)
 def test_vector_replay_keeps_the_newest_transitions(capacity, counts, seed):
     """The values of a transition identify it, so mixed or stale transitions are detected."""
     script, device = load("dqn_cartpole"), torch.device("cpu")
-    replay, written = script.Replay(capacity, 2, device), []
+    replay, written = script.Replay(capacity, np.zeros(2, np.float32), device), []
     for n in counts:
         ids = np.arange(len(written), len(written) + n)
         written += ids.tolist()
@@ -131,15 +131,15 @@ def test_vector_replay_keeps_the_newest_transitions(capacity, counts, seed):
         assert batch.next_obs[i].tolist() == [k + 0.5, 0.5 - k]
         assert batch.discounts[i].item() == pytest.approx(0.99 if k % 2 == 0 else 0.0)
     # After a wrap-around at most 3 rows at the end, too few for one add, are older than the rest.
-    stored = set(replay.columns[1][: len(replay)].tolist())
+    stored = set(replay.columns[1][: replay.size].tolist())
     oldest = len(written) - capacity
     assert set(drawn) <= stored
     assert sum(k < oldest for k in stored) <= max(counts) - 1
-    assert len(stored) == len(replay) <= min(capacity, len(written))
+    assert len(stored) == replay.size <= min(capacity, len(written))
 
 
 def test_vector_replay_draws_uniformly():
-    replay = load("dqn_cartpole").Replay(50, 1, torch.device("cpu"))
+    replay = load("dqn_cartpole").Replay(50, np.zeros(1, np.float32), torch.device("cpu"))
     for k in range(70):
         replay.add(
             *(np.full((1, 1), k, np.float32), np.array([k]), np.zeros(1, np.float32)),

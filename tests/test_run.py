@@ -46,8 +46,14 @@ SMALL = {
 }
 
 
+# Every file on vectors or MinAtar that has a network.
+VECTORS = sorted(
+    path.stem for path in ALGOS.glob("*.py") if not path.stem.endswith(("_atari", "_tabular"))
+)
+
+
 def small(name):
-    return SMALL[name.split("_")[1]]
+    return SMALL["atari" if name.endswith("_atari") else "cartpole"]
 
 
 def flags(options):
@@ -120,8 +126,8 @@ def same(a, b):
 
 
 def resume_cases():
-    for name in CARTPOLE[:1]:
-        yield from ((name, {"num_envs": num_envs}) for num_envs in (1, 3))
+    yield CARTPOLE[0], {"num_envs": 1}
+    yield from ((name, {"num_envs": 3}) for name in VECTORS)
     for buffer in ("numpy", "auto"):
         yield from ((ATARI[0], {"num_envs": n, "buffer": buffer}) for n in (1, 3))
 
@@ -129,7 +135,7 @@ def resume_cases():
 @pytest.mark.parametrize(("name", "changes"), [*resume_cases()])
 def test_resumed_run_ends_with_the_same_weights(name, changes, in_tmp, monkeypatch):
     """A run stopped at a checkpoint with its replay and then resumed equals an uninterrupted run,
-    bit for bit. The other files have the same loop and Run (test_family)."""
+    bit for bit. ddqn_atari.py has the same loop and Run as its parent (test_family)."""
     script = load(name)
     kept, save = [], script.save_checkpoint
 

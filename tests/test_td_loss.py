@@ -35,8 +35,8 @@ def in_float64(batch):
 
 
 def networks(m, atari):
-    make = (lambda: m.QNetwork(N_ACTIONS)) if atari else (lambda: m.QNetwork(6, N_ACTIONS))
-    return make().double(), make().double()
+    given = () if atari else (np.zeros(6, np.float32),)
+    return tuple(m.QNetwork(*given, N_ACTIONS).double() for _ in range(2))
 
 
 @pytest.mark.parametrize("loss", ["huber", "mse"])
@@ -126,7 +126,7 @@ def test_fast_layout_changes_rounding_only(atari):
             _, batch = random_batch(atari, np.random.default_rng(seed), atari=True)
             batch = batch._replace(rewards=batch.rewards.float(), discounts=batch.discounts.float())
             loss, *_ = atari.td_loss(q_network, target_network, batch, atari.Args())
-            optimizer.zero_grad()
+            q_network.zero_grad()
             loss.backward()
             optimizer.step()
         weights.append([p.detach().clone() for p in q_network.parameters()])
@@ -183,7 +183,7 @@ def test_epsilon_without_exploration_phase(script):
 def test_act_is_epsilon_greedy(script, epsilon):
     torch.manual_seed(0)
     atari, n = "atari" in script.__name__, 400
-    q_network = script.QNetwork(4) if atari else script.QNetwork(6, 4)
+    q_network = script.QNetwork(4) if atari else script.QNetwork(np.zeros(6), 4)
     rng = np.random.default_rng(0)
     shape = (n, 4, 84, 84) if atari else (n, 6)
     obs = rng.integers(256, size=shape, dtype=np.uint8) if atari else rng.normal(size=shape)

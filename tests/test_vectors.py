@@ -1,0 +1,167 @@
+"""What every file on vectors can do besides its algorithm: optimizers, exploration, MinAtar."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from test_run import checkpoint_of, main_in_process, refused, run, same, small
+
+MINATAR = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
+
+
+def one_step(optimizer, start, gradients):
+    """The weights after one step for each gradient, with the script's optimizer."""
+    parameter = optimizer.param_groups[0]["params"][0]
+    with torch.no_grad():
+        parameter.copy_(torch.tensor(start))
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+    return parameter.detach().numpy().ravel().copy()
+
+
+def test_optimizers_equal_their_equations():
+    """Adam; AdamW with amsgrad and a decay of 0.01; RMSProp, centred, alpha 0.95, epsilon 0.01."""
+    script, start, gradients = load("dqn_cartpole"), [[1.0, -2.0]], [[[0.5, -3.0]], [[-0.1, 2.0]]]
+    rate, w = 0.1, np.array(start[0])
+    adam, adamw, rmsprop = w.copy(), w.copy(), w.copy()
+    m = v = largest = mean = square = np.zeros(2)
+    for t, g in enumerate(np.array(gradients)[:, 0], 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        largest = np.maximum(largest, v)
+        first = m / (1 - 0.9**t)
+        adam = adam - rate * first / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        decayed = adamw * (1 - rate * 0.01)
+        adamw = decayed - rate * first / (np.sqrt(largest / (1 - 0.999**t)) + 1e-8)
+        mean, square = 0.95 * mean + 0.05 * g, 0.95 * square + 0.05 * g**2
+        rmsprop = rmsprop - rate * g / (np.sqrt(square - mean**2) + 0.01)
+    for name, expected in (("adam", adam), ("adamw", adamw), ("rmsprop", rmsprop)):
+        args = script.RunArgs(optimizer=name, learning_rate=rate)
+        optimizer = script.make_optimizer(torch.nn.Linear(2, 1, bias=False), args)
+        np.testing.assert_allclose(one_step(optimizer, start, gradients), expected, rtol=1e-5)
+
+
+def test_the_gradient_is_clipped_to_its_norm_before_the_step():
+    script, network = load("dqn_cartpole"), torch.nn.Linear(2, 1, bias=False)
+    args = script.RunArgs(max_grad_norm=1.0, optimizer="rmsprop", learning_rate=0.1)
+    clipped = one_step(script.make_optimizer(network, args), [[0.0, 0.0]], [[[3.0, 4.0]]])
+    plain = script.make_optimizer(network, script.RunArgs(optimizer="rmsprop", learning_rate=0.1))
+    np.testing.assert_allclose(clipped, one_step(plain, [[0.0, 0.0]], [[[0.6, 0.8]]]), rtol=1e-5)
+    unclipped = one_step(plain, [[0.0, 0.0]], [[[3.0, 4.0]]])
+    assert not np.allclose(clipped, unclipped)
+
+
+def test_exponential_exploration_is_the_tutorials():
+    """epsilon = end + (start - end) exp(-t / 1000), as in PyTorch's DQN tutorial."""
+    script = load("dqn_cartpole")
+    args = script.Args(start_e=0.9, end_e=0.05, exploration="exponential")
+    args.total_timesteps, args.exploration_fraction = 50_000, 1_000 / 50_000
+    for t in (0, 1, 500, 3_000, 50_000):
+        assert script.epsilon_at(t, args) == pytest.approx(0.05 + 0.85 * np.exp(-t / 1000))
+    args.exploration = "linear"
+    assert script.epsilon_at(500, args) == pytest.approx(0.9 - 0.85 / 2)
+    args.exploration_fraction = 0.0
+    assert script.epsilon_at(0, args) == pytest.approx(0.05)
+
+
+def test_stop_return_says_how_long_it_took(in_tmp):
+    options = small("dqn_cartpole") | {"stop_return": 9, "total_timesteps": 20_000}
+    result = run("dqn_cartpole", options, in_tmp)
+    line = next(x for x in result.stdout.splitlines() if "--stop-return" in x)
+    words = line.replace(",", "").split()
+    steps = torch.load(checkpoint_of(in_tmp), weights_only=True)["global_step"]
+    assert int(words[words.index("episodes") - 1]) >= 100
+    assert int(words[words.index("steps") - 1]) == steps
+    assert float(words[words.index("seconds") - 1]) > 0
+
+
+@pytest.mark.parametrize("game", MINATAR)
+def test_minatar_games_run_and_resume_exactly(game, in_tmp, monkeypatch):
+    """Also at a first step of an episode, where MinAtar may repeat the last action before it."""
+    pytest.importorskip("minatar")
+    script, states = load("dqn_cartpole"), []
+    save = script.save_checkpoint
+
+    def save_and_keep(path, state):
+        states.append(copy.deepcopy(state))  # the tensors are the network's own
+        return save(path, state)
+
+    monkeypatch.setattr(script, "save_checkpoint", save_and_keep)
+    options = {"env_id": f"MinAtar/{game}-v1", "total_timesteps": 600, "checkpoint_frequency": 300}
+    options |= {"learning_starts": 100, "buffer_size": 400, "num_envs": 2, "eval_episodes": 0}
+    options |= {"checkpoint_replay": True}
+    main_in_process(script, options, monkeypatch)
+    path = in_tmp / "first" / "checkpoint.pt"
+    path.parent.mkdir()
+    first, whole = states
+    assert first["global_step"] < whole["global_step"] == 600
+    assert save(path, first)
+    main_in_process(script, {"resume": path}, monkeypatch)
+    resumed = states[-1]
+    for key in ("q_network", "replay", "rng", "envs", "recent_returns", "episodes"):
+        assert same(whole[key], resumed[key]), key
+    obs = whole["replay"][2][0]
+    assert obs.dtype == torch.uint8 and obs.shape[1:3] == (10, 10)
+    assert 0 < obs.float().mean() < 1 and obs.max() == 1
+
+
+def test_an_episode_of_minatar_does_not_depend_on_the_one_before():
+    """MinAtar's sticky actions would repeat the last action of that one."""
+    pytest.importorskip("minatar")
+    envs = load("dqn_cartpole").make_envs("MinAtar/Breakout-v1", 1, seed=0)
+    envs.reset()
+    envs.step(np.array([2]))
+    assert envs.envs[0].unwrapped.game.last_action != 0
+    envs.reset(np.array([True]))
+    assert envs.envs[0].unwrapped.game.last_action == 0
+
+
+def test_minatar_has_its_own_defaults(monkeypatch):
+    pytest.importorskip("minatar")
+    script = load("dqn_cartpole")
+    argv = ["dqn_cartpole.py", "--env-id", "MinAtar/Breakout-v1", "--batch-size", "64"]
+    monkeypatch.setattr("sys.argv", argv)
+    args = script.parse_args()
+    assert (args.total_timesteps, args.train_frequency, args.batch_size) == (1_000_000, 4, 64)
+
+
+def test_minatar_without_its_package_and_other_pictures_are_refused(in_tmp, monkeypatch):
+    script = load("dqn_cartpole")
+    find_spec = script.importlib.util.find_spec
+    monkeypatch.setattr(
+        script.importlib.util, "find_spec", lambda n: None if n == "minatar" else find_spec(n)
+    )
+    line = refused("dqn_cartpole", {"env_id": "MinAtar/Breakout-v1"}, monkeypatch)
+    assert "pip install minatar" in line
+    box = gym.spaces.Box(0, 1, (12, 10, 3), bool)
+    gym.register("Picture-v0", lambda: Picture(box))
+    line = refused("dqn_cartpole", {"env_id": "Picture-v0"}, monkeypatch)
+    assert "this file needs a vector" in line
+
+
+class Picture(gym.Env):
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, observation_space):
+        self.observation_space = observation_space
+
+
+def test_the_convolution_sees_pictures_as_height_width_channel():
+    """Against a plain loop over pixels, with the weights of the network."""
+    script = load("dqn_cartpole")
+    torch.manual_seed(0)
+    q_network = script.QNetwork(np.zeros((10, 10, 4), np.uint8), 3)
+    obs = (torch.rand(2, 10, 10, 4) < 0.2).to(torch.uint8)
+    weights = {k: v.numpy().astype(np.float64) for k, v in q_network.state_dict().items()}
+    kernel, bias, linear, linear_bias, head, head_bias = weights.values()
+    pictures, hidden = obs.numpy().astype(np.float64), np.zeros((2, 16, 8, 8))
+    for y in range(8):
+        for x in range(8):
+            patch = pictures[:, y : y + 3, x : x + 3]  # (2, 3, 3, 4)
+            hidden[:, :, y, x] = np.einsum("bijc,ocij->bo", patch, kernel) + bias
+    hidden = np.maximum(np.maximum(hidden, 0).reshape(2, -1) @ linear.T + linear_bias, 0)
+    expected = hidden @ head.T + head_bias
+    np.testing.assert_allclose(q_network(obs).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
