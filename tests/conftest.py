@@ -49,7 +49,16 @@ def pytest_collection_modifyitems(config, items):
             kept.append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=[item for found in left_out.values() for item in found])
-    config.stash[LEFT_OUT] = {reason: len(found) for reason, found in left_out.items() if found}
+    counts = {reason: len(found) for reason, found in left_out.items() if found}
+    config.stash[LEFT_OUT] = counts
+    if hasattr(config, "workeroutput"):  # of pytest-xdist: its main process prints the counts
+        config.workeroutput["left_out"] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """A worker of pytest-xdist has ended; all workers collect the same tests."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
 
 
 @functools.cache
