@@ -3,14 +3,18 @@
     python benchmarks/throughput.py --task atari --cleanrl ../cleanrl \\
         --record benchmarks/records/2026-01-01_throughput_atari
 
-All sides learn the same environment with the same network, batch size, update frequency, target
-period and epsilon, on the same number of CPU threads. They take turns, `--repeats` times, each turn
-in its own process. A turn is measured for about `--seconds`. The measurement begins `--warm-up`
-seconds after the first step, and not before learning begins. A 64 MiB memcpy before each turn shows
-how much the machine's speed drifts. Without --record the tool only prints the table.
+All sides learn the same environment with the same batch size, update frequency, target period and
+epsilon, on the same number of CPU threads; DQN has the same network everywhere. They take turns,
+`--repeats` times, each turn in its own process. A turn is measured for about `--seconds`. The
+measurement begins `--warm-up` seconds after the first step, and not before learning begins. A 64 MiB
+memcpy before each turn shows how much the machine's speed drifts. Without --record the tool only
+prints the table.
 
 `--variants` are the flags of CleanQ's turns, one string for each side: "num_envs=8 bfloat16=True".
-The word `script=NAME` chooses the file in algos/.
+The word `script=NAME` chooses the file in algos/. `--peers` are the other sides, in the same form:
+"CleanRL script=c51", "Stable-Baselines3 num_envs=4", "Stable-Baselines3 algorithm=QRDQN
+n_quantiles=25" (of sb3-contrib). A side is compared with the fastest peer of its algorithm: C51,
+QR-DQN, or DQN, with which all other files are compared.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
@@ -23,6 +27,7 @@ changed, too.
 import argparse
 import json
 import os
+import re
 import runpy
 import signal
 import statistics
@@ -54,6 +59,13 @@ TASKS = {
         "target_network_frequency": 500,
         "learning_rate": 2.5e-4,
     },
+}
+TASKS["minatar"] = TASKS["cartpole"] | {
+    "env_id": "MinAtar/Breakout-v1",
+    "buffer_size": 100_000,
+    "batch_size": 32,
+    "train_frequency": 4,
+    "target_network_frequency": 1_000,
 }
 EPSILON = 0.01
 STARTUP_SECONDS = 120  # a turn whose first step takes longer is aborted
@@ -157,8 +169,8 @@ class Clock:
         self.learning_starts, self.warm_up, self.seconds = learning_starts, warm_up, seconds
         self.step, self.begun, self.start = 0, None, None
 
-    def tick(self):
-        self.step += 1
+    def tick(self, steps=1):
+        self.step += steps
         now = time.perf_counter()
         if self.begun is None:
             self.begun = now
@@ -171,7 +183,7 @@ class Clock:
             os._exit(0)  # there is no common way to stop the peers
 
 
-def run_cleanrl(task, clock, folder, atari):
+def run_cleanrl(task, clock, folder, script, **options):
     """Run CleanRL's own script in this process."""
     import ale_py  # noqa: F401  (registers the games)
     import gymnasium as gym
@@ -195,30 +207,37 @@ def run_cleanrl(task, clock, folder, atari):
     gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
     gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
     sys.path.insert(0, folder)
-    path = Path(folder) / "cleanrl" / ("dqn_atari.py" if atari else "dqn.py")
-    sys.argv = [str(path), *flags_of({"start_e": EPSILON, "end_e": EPSILON} | task)]
+    path = Path(folder) / "cleanrl" / f"{script}.py"
+    sys.argv = [str(path), *flags_of({"start_e": EPSILON, "end_e": EPSILON} | task | options)]
     runpy.run_path(str(path), run_name="__main__")
 
 
-def run_sb3(task, clock, atari):
-    """Train Stable-Baselines3's DQN in this process."""
+def run_sb3(task, clock, atari, algorithm="DQN", num_envs=1, **policy_options):
+    """Train Stable-Baselines3's DQN, or sb3-contrib's QRDQN, in this process.
+
+    n environments make `train_frequency` n steps, and then n updates.
+    """
     import ale_py  # noqa: F401  (registers the games)
-    from stable_baselines3 import DQN
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
     class Tick(BaseCallback):
         def _on_step(self):
-            clock.tick()
+            clock.tick(num_envs)
             return True
 
+    if algorithm == "DQN":
+        from stable_baselines3 import DQN as Algorithm
+    else:
+        from sb3_contrib import QRDQN as Algorithm
     if atari:
-        env = VecFrameStack(make_atari_env(task["env_id"], n_envs=1, seed=1), 4)
+        env = VecFrameStack(make_atari_env(task["env_id"], n_envs=num_envs, seed=1), 4)
         policy, net = "CnnPolicy", {}
     else:
-        env, policy, net = make_vec_env(task["env_id"], 1, 1), "MlpPolicy", {"net_arch": [120, 84]}
-    model = DQN(
+        env = make_vec_env(task["env_id"], num_envs, 1)
+        policy, net = "MlpPolicy", {"net_arch": [120, 84]}
+    model = Algorithm(
         policy,
         env,
         learning_rate=task["learning_rate"],
@@ -226,10 +245,11 @@ def run_sb3(task, clock, atari):
         learning_starts=task["learning_starts"],
         batch_size=task["batch_size"],
         train_freq=task["train_frequency"],
+        gradient_steps=num_envs,
         target_update_interval=task["target_network_frequency"],
         exploration_initial_eps=EPSILON,
         exploration_final_eps=EPSILON,
-        policy_kwargs=net,
+        policy_kwargs=net | policy_options,
         device="cpu",
     )
     model.learn(10**9, callback=Tick())
@@ -242,10 +262,14 @@ def be_peer(args):
     torch.set_num_threads(args.threads)
     task, atari = TASKS[args.task], args.task == "atari"
     clock = Clock(task["learning_starts"], args.warm_up, args.seconds)
-    if args.peer == "CleanRL":
-        run_cleanrl(task, clock, args.cleanrl, atari)
+    name, *words = args.peer.split()
+    options = dict(word.split("=") for word in words)
+    if name == "CleanRL":
+        script = options.pop("script", "dqn_atari" if atari else "dqn")
+        run_cleanrl(task, clock, args.cleanrl, script, **options)
     else:
-        run_sb3(task, clock, atari)
+        numbers = {k: int(v) for k, v in options.items() if k != "algorithm"}
+        run_sb3(task, clock, atari, **options | numbers)
 
 
 def time_peer(args, name, folder):
@@ -279,10 +303,17 @@ def memcpy_ms():
     return min(times) * 1e3
 
 
+def algorithm_of(side):
+    """The algorithm with which a side is compared."""
+    found = re.search(r"c51|qr_?dqn", side.lower())
+    return found[0].replace("_", "") if found else "dqn"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="atari")
     parser.add_argument("--cleanrl", help="folder of a CleanRL checkout (default: no CleanRL)")
+    parser.add_argument("--peers", nargs="*", help="default: CleanRL's and Stable-Baselines3's DQN")
     parser.add_argument("--alone", action="store_true", help="CleanQ only, no peers")
     parser.add_argument("--variants", nargs="*", default=["num_envs=1", "num_envs=8"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
@@ -300,7 +331,9 @@ def main():
         args.cleanrl = str(Path(args.cleanrl).expanduser().resolve())
     sides = [f"CleanQ {variant}".strip() for variant in args.variants]
     if not args.alone:
-        sides += ["CleanRL"] * bool(args.cleanrl) + ["Stable-Baselines3"]
+        if args.task == "minatar" and not args.peers:
+            sys.exit("error: no peer is set up for MinAtar; give --alone.")
+        sides += args.peers or ["CleanRL"] * bool(args.cleanrl) + ["Stable-Baselines3"]
     rates, drift, failed = {side: [] for side in sides}, [], {}
     for repeat in range(args.repeats):
         for side in sides:
@@ -313,7 +346,7 @@ def main():
                     if name == "CleanQ":
                         rates[side].append(time_cleanq(args, variant, folder))
                     else:
-                        rates[side].append(time_peer(args, name, folder))
+                        rates[side].append(time_peer(args, side, folder))
             except TurnFailed as reason:
                 failed[side] = str(reason)
                 print(f"{side}: not measured: {reason}", flush=True)
@@ -332,7 +365,10 @@ def main():
 def report_of(args, rates, drift, failed):
     """The record's page, in Markdown: a row for each side."""
     medians = {side: statistics.median(r) for side, r in rates.items() if side not in failed}
-    peers = [middle for side, middle in medians.items() if not side.startswith("CleanQ")]
+    peers = {}  # the fastest peer of each algorithm
+    for side, middle in medians.items():
+        if not side.startswith("CleanQ"):
+            peers[algorithm_of(side)] = max(middle, peers.get(algorithm_of(side), 0))
     lines = [
         f"# Throughput while learning, {TASKS[args.task]['env_id']}",
         "",
@@ -345,7 +381,8 @@ def report_of(args, rates, drift, failed):
         if side in failed:
             lines.append(f"| {side} | not measured: {failed[side]} | | | |")
             continue
-        ratio = f"{medians[side] / max(peers):.2f}" if peers else ""
+        fastest = peers.get(algorithm_of(side))
+        ratio = f"{medians[side] / fastest:.2f}" if fastest else ""
         lines.append(f"| {side} | {medians[side]:.0f} | {min(r):.0f} | {max(r):.0f} | {ratio} |")
     lines += ["", f"64 MiB memcpy before each turn: {min(drift):.1f} to {max(drift):.1f} ms."]
     lines += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}."]
