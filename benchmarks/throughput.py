@@ -6,7 +6,7 @@
 All sides learn the same environment with the same batch size, update frequency, target period and
 epsilon, on the same number of CPU threads; DQN has the same network everywhere. They take turns,
 `--repeats` times, each turn in its own process. A turn is measured for about `--seconds`. The
-measurement begins `--warm-up` seconds after the first step, and not before learning begins. A 64 MiB
+measurement begins `--warm-up` seconds after the first step, not before learning begins. A 64 MiB
 memcpy before each turn shows how much the machine's speed drifts. Without --record the tool only
 prints the table.
 
