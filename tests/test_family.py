@@ -17,6 +17,7 @@ import pytest
 ALGOS = Path(__file__).parent.parent / "algos"
 LINE = "# " + "=" * 98  # opens and closes the comment between the algorithm and the machinery
 TOP = 170  # lines above it
+REPLAY_TOP = 210  # of a file with a replay class of its own
 SPLIT = "Run"  # the class whose methods are separate pieces
 
 
@@ -48,9 +49,17 @@ OF_ATARI = {
     *("make_envs", "evaluate", "film", "prepare_torch", "cuda_problem", "check_replay_args"),
     *("Run.load", "Run.save", "Run.open_log", "Run.log"),
 }
+OF_NSTEP = {"Args", "Batch", "NStep", "main", "FIXED_WITH_REPLAY"}
+OF_PER = {
+    *("Args", "Batch", "PrioritizedReplay", "td_loss", "main", "RunArgs", "FIXED_WITH_REPLAY"),
+    *("try: import fastreplay", "SumTree", "make_sum_tree", "Run.load", "Run.save"),
+}
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
+    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 20, VECTORS),
+    "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 50, VECTORS + 30, REPLAY_TOP),
+    "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 160, VECTORS + 115, REPLAY_TOP),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
