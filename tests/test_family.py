@@ -48,9 +48,14 @@ OF_ATARI = {
     *("make_envs", "evaluate", "film", "prepare_torch", "cuda_problem", "check_replay_args"),
     *("Run.load", "Run.save", "Run.open_log", "Run.log"),
 }
+# More than 170 lines above the line: a layer of its own; a projection and the bounds of its support.
+NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
+C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
+    "noisy_dqn_cartpole": Member("dqn_cartpole", NOISY, 35, VECTORS + 20, 190),
+    "c51_cartpole": Member("dqn_cartpole", C51, 80, VECTORS + 45, 200),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
