@@ -112,7 +112,7 @@ def test_projection_of_single_atoms(support, pmf, reward, discount, expected):
         np.testing.assert_allclose(in_loops(pmf, reward, discount, *support), expected, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(2, 60),

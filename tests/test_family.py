@@ -48,7 +48,7 @@ OF_ATARI = {
     *("make_envs", "evaluate", "film", "prepare_torch", "cuda_problem", "check_replay_args"),
     *("Run.load", "Run.save", "Run.open_log", "Run.log"),
 }
-# More than 170 lines above the line: a layer of its own; a projection and the bounds of its support.
+# More than 170 lines above the line: a layer of its own; a projection.
 NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
 C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
 FAMILY = {
