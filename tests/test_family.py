@@ -54,12 +54,17 @@ OF_PER = {
     *("Args", "Batch", "PrioritizedReplay", "td_loss", "main", "RunArgs", "FIXED_WITH_REPLAY"),
     *("try: import fastreplay", "SumTree", "make_sum_tree", "Run.load", "Run.save"),
 }
+# More than 170 lines above the line: a layer of its own; a projection.
+NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
+C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
     "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 20, VECTORS),
     "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 50, VECTORS + 30, REPLAY_TOP),
     "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 160, VECTORS + 115, REPLAY_TOP),
+    "noisy_dqn_cartpole": Member("dqn_cartpole", NOISY, 35, VECTORS + 20, 190),
+    "c51_cartpole": Member("dqn_cartpole", C51, 80, VECTORS + 45, 200),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
