@@ -27,6 +27,7 @@ class Member(NamedTuple):
     changed: int | None  # maximum of lines in a diff with the parent, without the docstring
     lines: int  # maximum of lines in total
     top: int = TOP  # maximum of lines above the line
+    taken: dict[str, str] = {}  # noqa: RUF012  # pieces of its own that are those of another file
 
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
@@ -57,6 +58,17 @@ OF_PER = {
 # More than 170 lines above the line: a layer of its own; a projection.
 NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
 C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
+TAKEN_BY_RAINBOW = {
+    **dict.fromkeys(("PrioritizedReplay", "SumTree", "make_sum_tree"), "per_dqn_cartpole"),
+    **dict.fromkeys(("RunArgs", "try: import fastreplay"), "per_dqn_cartpole"),
+    **dict.fromkeys(("REWARD_BOUNDS", "return_bounds"), "c51_cartpole"),
+    "NStep": "nstep_dqn_cartpole",
+    "NoisyLinear": "noisy_dqn_cartpole",
+}
+OF_RAINBOW = {
+    *("import functools", "Args", "Batch", "QNetwork", "td_loss", "projected", "main"),
+    *("FIXED_WITH_REPLAY", "Run.load", "Run.save", *TAKEN_BY_RAINBOW),
+}
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
@@ -65,6 +77,9 @@ FAMILY = {
     "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 160, VECTORS + 115, REPLAY_TOP),
     "noisy_dqn_cartpole": Member("dqn_cartpole", NOISY, 35, VECTORS + 20, 190),
     "c51_cartpole": Member("dqn_cartpole", C51, 80, VECTORS + 45, 200),
+    "rainbow_cartpole": Member(
+        "dqn_cartpole", OF_RAINBOW, 500, VECTORS + 275, 260, TAKEN_BY_RAINBOW
+    ),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
@@ -114,6 +129,7 @@ def synced(name: str) -> str:
         text_of = dict(theirs)
         return "".join(text if x in own else text_of.get(x, text) for x, text in mine)
     text_of, parents = {x: text for x, text in mine if x in own}, {x for x, _ in theirs}
+    text_of |= {piece: dict(pieces(read(file)))[piece] for piece, file in member.taken.items()}
     order = [x for x, _ in theirs]
     for before, (x, _) in zip([None, *(x for x, _ in mine)], mine):
         if x in own and x not in parents:
