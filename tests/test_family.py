@@ -48,9 +48,15 @@ OF_ATARI = {
     *("make_envs", "evaluate", "film", "prepare_torch", "cuda_problem", "check_replay_args"),
     *("Run.load", "Run.save", "Run.open_log", "Run.log"),
 }
+OF_MUNCHAUSEN = {"Args", "tau_log_pi", "td_loss"}
+OF_IQN = {"Args", "QNetwork", "td_loss"}
+OF_QR = {"Args", "QNetwork", "quantile_huber_loss", "td_loss", "main"}
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
+    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 12, 182),
+    "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 16, 186),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 45, VECTORS + 28, 198),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
