@@ -69,6 +69,9 @@ OF_RAINBOW = {
     *("import functools", "Args", "Batch", "QNetwork", "td_loss", "projected", "main"),
     *("FIXED_WITH_REPLAY", "Run.load", "Run.save", *TAKEN_BY_RAINBOW),
 }
+OF_MUNCHAUSEN = {"Args", "tau_log_pi", "td_loss"}
+OF_IQN = {"Args", "QNetwork", "td_loss"}
+OF_QR = {"Args", "QNetwork", "quantile_huber_loss", "td_loss", "main"}
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
@@ -80,6 +83,9 @@ FAMILY = {
     "rainbow_cartpole": Member(
         "dqn_cartpole", OF_RAINBOW, 500, VECTORS + 275, 260, TAKEN_BY_RAINBOW
     ),
+    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 12, 182),
+    "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 16, 186),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 45, VECTORS + 28, 198),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
