@@ -487,7 +487,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.learner.items()}
         if not all(x.isfinite().all() for x in state["q_network"].values()):
             sys.exit("error: a weight is NaN or infinite.")
-        if self.args.checkpoint_replay:
+        if self.args.checkpoint_replay and self.replay:
             columns = [torch.from_numpy(x[: self.replay.size]) for x in self.replay.columns]
             state["replay"] = (self.replay.next, self.replay.size, columns)
         state |= {"envs": self.envs.state_dict(), "rng": self.rng.bit_generator.state}
