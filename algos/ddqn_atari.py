@@ -213,6 +213,7 @@ class RunArgs(Args):
     evaluate: str | None = None  # checkpoint to evaluate; nothing is trained
 
 
+NOTEBOOK = "ipykernel" in sys.modules  # %run in a cell: streams and SIGTERM are the kernel's
 VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
 FRAMES_PER_SECOND = 15  # of a film: an agent step is 4 of 60 frames
 FIXED_WITH_REPLAY = ("buffer", "buffer_size", "gamma", "n_step")  # what a saved replay depends on
@@ -595,15 +596,15 @@ class Run:
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
         self.episodes = self.saved.get("episodes", 0)
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        for name in ("SIGINT",) if NOTEBOOK else ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
             if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, *_) -> None:
-        if self.stop:
+        if self.stop and time.time() - self.stop[0] > 1:  # a notebook's `!python` sends several
             sys.exit(130)
-        self.stop.append(True)
+        self.stop.append(time.time())
 
     def start(self, learner: dict, replay, envs) -> None:
         """Load the checkpoint, if there is one, and open the log."""
@@ -682,7 +683,7 @@ class Run:
         print(f"{args.exp_name}: {args.env_id}, {replay}, all in {self.folder}", flush=True)
         if args.buffer == "cuda":
             print(self.replay)  # where its frames found room
-        total, interval = args.total_timesteps, 0.2 if sys.stderr.isatty() else 30  # seconds
+        total, interval = args.total_timesteps, 0.2 if NOTEBOOK or sys.stderr.isatty() else 30
         self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=interval)
 
     def steps(self):
@@ -710,6 +711,7 @@ class Run:
         finally:
             self.bar.close()
             self.write({}, self.step, close=True)
+            threading.excepthook = threading.__excepthook__
 
     def due(self, every: int) -> int:
         """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
@@ -735,7 +737,7 @@ class Run:
             self.evaluate()
         elif saved:
             command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
-            print("go on with: python", shlex.join(command))
+            print("go on with:", "%run" if NOTEBOOK else "python", shlex.join(command))
         if not saved:
             sys.exit(1)
 
@@ -1016,5 +1018,6 @@ class Output:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if not NOTEBOOK:
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     main(parse_args())

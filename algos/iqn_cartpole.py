@@ -247,6 +247,7 @@ class RunArgs(Args):
     evaluate: str | None = None  # checkpoint to evaluate; nothing is trained
 
 
+NOTEBOOK = "ipykernel" in sys.modules  # %run in a cell: streams and SIGTERM are the kernel's
 VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
 FRAMES_PER_SECOND = 30  # of a film
 FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
@@ -469,15 +470,15 @@ class Run:
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
         self.episodes = self.saved.get("episodes", 0)
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        for name in ("SIGINT",) if NOTEBOOK else ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
             if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, *_) -> None:
-        if self.stop:
+        if self.stop and time.time() - self.stop[0] > 1:  # a notebook's `!python` sends several
             sys.exit(130)
-        self.stop.append(True)
+        self.stop.append(time.time())
 
     def start(self, learner: dict, replay, envs) -> None:
         """Load the checkpoint, if there is one, and open the log."""
@@ -517,7 +518,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.learner.items()}
         if not all(x.isfinite().all() for x in state["q_network"].values()):
             sys.exit("error: a weight is NaN or infinite.")
-        if self.args.checkpoint_replay:
+        if self.args.checkpoint_replay and self.replay:
             columns = [torch.from_numpy(x[: self.replay.size]) for x in self.replay.columns]
             state["replay"] = (self.replay.next, self.replay.size, columns)
         state |= {"envs": self.envs.state_dict(), "rng": self.rng.bit_generator.state}
@@ -556,7 +557,7 @@ class Run:
         except OSError as e:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
         print(f"{args.exp_name}: {args.env_id}, all in {self.folder}", flush=True)
-        total, interval = args.total_timesteps, 0.2 if sys.stderr.isatty() else 30  # seconds
+        total, interval = args.total_timesteps, 0.2 if NOTEBOOK or sys.stderr.isatty() else 30
         self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=interval)
 
     def steps(self):
@@ -584,6 +585,7 @@ class Run:
         finally:
             self.bar.close()
             self.write({}, self.step, close=True)
+            threading.excepthook = threading.__excepthook__
 
     def due(self, every: int) -> int:
         """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
@@ -614,7 +616,7 @@ class Run:
             self.evaluate()
         elif saved:
             command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
-            print("go on with: python", shlex.join(command))
+            print("go on with:", "%run" if NOTEBOOK else "python", shlex.join(command))
         if not saved:
             sys.exit(1)
 
@@ -869,5 +871,6 @@ class Output:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if not NOTEBOOK:
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     main(parse_args())
