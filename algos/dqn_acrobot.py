@@ -1,8 +1,25 @@
-"""Deep Q-Network (DQN) on Acrobot: swing the tip of two links above a line. arXiv:1312.5602.
+"""Deep Q-Network (DQN) on Acrobot. Mnih et al., 2015, Nature 518:529; Sutton, 1996, NIPS 8.
 
     y = r + gamma max_a' Q(s', a'; theta^-),    theta <- theta - lr grad (y - Q(s, a; theta))^2
 
-DOCBODY
+Two links hang from a pivot; a torque between them has to swing the tip above a line, which is 1
+above the pivot. A step costs 1, so the fastest swing is the best. A run ends early once the mean
+return of the last 100 training episodes is at least -90 (--stop-return).
+
+--reward tip-height: r = h(s') - 1, where h = -cos theta_1 - cos(theta_1 + theta_2) is the height of
+the tip above the pivot: negative until the last step of an episode that reaches the line. Runs end
+early at -200. Evaluations play the environment itself: reward -1, at most 500 steps.
+
+Parent: dqn_cartpole.py. What changes: --reward, --max-episode-steps, --hidden-sizes, --stop-return.
+
+Deviations from the paper: those of dqn_cartpole.py. In Korean course notes the exercise has three
+hidden layers of 512, gamma 1, 1,000 random samples after each episode, and theta^- refreshed every
+50 episodes. This file counts steps; with episodes of 100 steps, closest to the notes is:
+    --hidden-sizes 512 512 512 --gamma 1 --batch-size 1000 --train-frequency 100
+    --target-network-frequency 5000
+
+Run: python algos/dqn_acrobot.py
+Film: python algos/dqn_acrobot.py --evaluate runs/<run>/checkpoint.pt --capture-video
 """
 
 import copy

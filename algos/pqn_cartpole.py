@@ -1,6 +1,24 @@
-"""PDOC
+"""Parallelised Q-Network (PQN). Gallici et al., 2024, arXiv:2407.04811.
 
-DOCBODY
+    G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)]
+    theta <- theta - lr grad 1/2 (G_t - Q(s_t, a_t; theta))^2
+
+E environments take T steps each; the E T transitions are learned from a few times and forgotten.
+LayerNorm bounds what the last layer sees, which keeps Q-learning stable without theta^-. Many
+environments at once make the transitions of a minibatch differ, as a replay would.
+
+Parent: dqn_cartpole.py. What changes: a rollout instead of the replay, lambda-returns, LayerNorm;
+no target network.
+
+Deviations from the paper, whose code is meant where the paper is silent:
+1. s_{t+1} of an episode that a time limit cuts bootstraps, from its true last observation. The
+   authors' code and CleanRL's treat a time limit as a termination.
+2. PyTorch's initialisation and LayerNorm's epsilon 1e-5 (LeCun's normal, 1e-6). Pictures: a hidden
+   layer, and LayerNorm over channels and pixels (channels only); 1M steps (10M).
+3. The learning rate and epsilon follow the steps, not the number of rollouts. Steps after the last
+   whole rollout are not learned from: 288 of 500,000.
+
+Run: python algos/pqn_cartpole.py
 """
 
 from dataclasses import dataclass
@@ -23,7 +41,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     max_grad_norm: float = 10.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     gamma: float = 0.99  # discount factor
-    q_lambda: float = 0.95  # lambda: 0 gives one-step targets, 1 the sum of all rewards
+    q_lambda: float = 0.95  # lambda: 0 gives one-step targets, 1 the sum of the rewards
     reward_scale: float = 0.1  # rewards are multiplied by it for learning
     num_minibatches: int = 16  # updates per epoch
     update_epochs: int = 4  # passes over the E T transitions, each in a new random order
@@ -52,8 +70,7 @@ class Rollout:
     """The newest T steps of E environments, one column per field, (T, E, ...)."""
 
     def __init__(self, num_steps: int, num_envs: int, obs_space, device: torch.device):
-        self.num_steps, self.device, self.next, self.size = num_steps, device, 0, 0
-        shape = (num_steps, num_envs)
+        self.device, self.next, self.size, shape = device, 0, 0, (num_steps, num_envs)
         obs, next_obs = np.zeros((2, *shape, *obs_space.shape), obs_space.dtype)
         rewards, discounts = np.zeros((2, *shape), np.float32)
         actions, truncations = np.zeros(shape, np.int64), np.zeros(shape, bool)
@@ -800,9 +817,8 @@ def check_args(args: RunArgs) -> None:
 
 def check_replay_args(args: RunArgs, must) -> None:
     """Whether the rollout fits into memory."""
-    # Vectors of 10 numbers, or MinAtar's largest pictures, 10x10x10: s and s', and 21 bytes more;
-    # both once more as tensors on the device, and what the layers keep of 128 and 1,024 numbers.
-    bytes_per_row = 2_021 if args.env_id.startswith("MinAtar/") else 101
+    # s, s' and what the layers compute of s': vectors of 10 numbers, or MinAtar's largest pictures
+    bytes_per_row = 20_000 if args.env_id.startswith("MinAtar/") else 5_000
     fits = free_memory() // (bytes_per_row * args.num_envs)
     must("num_steps", f"at most {fits} to fit into memory", args.num_steps <= fits)
 

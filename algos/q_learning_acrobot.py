@@ -1,6 +1,23 @@
-"""QDOC
+"""Q-learning with a neural network, without replay and target network. Watkins, 1989 (PhD thesis).
 
-DOCBODY
+    y = r + gamma max_a' Q(s', a'; theta),    theta <- theta + lr (y - Q(s, a; theta)) grad Q(s, a)
+
+Each step of the environments gives one update, and its transitions are forgotten. The target y is a
+constant: no gradient flows through it. What DQN repairs is what goes wrong here. Consecutive
+transitions are alike, and what was learned elsewhere is overwritten. y moves with each update, and
+an error in it feeds itself. On Acrobot all values drift to -1 / (1 - gamma) = -100, that of never
+reaching the line, and no action stands out.
+
+Three seeds, 200,000 steps, mean return of 100 episodes at the end (random and worst: -500):
+    --loss huber  -199, -500, -500        --loss mse  -500, -500, MSE3
+    dqn_acrobot.py  -80, -79, ACR3, reached after 56,220, 53,684 and ACRS steps
+
+Parent: dqn_acrobot.py. What changes: no replay, no theta^-; td_loss bootstraps from theta.
+
+Deviations from tabular Q-learning: a network, 4 environments, Adam (annealed) and the Huber loss,
+whose derivative is bounded (--loss mse: the update above).
+
+Run: python algos/q_learning_acrobot.py
 """
 
 from dataclasses import dataclass
