@@ -19,7 +19,6 @@ whose derivative is bounded (--loss mse: the update above).
 
 Run: python algos/q_learning_acrobot.py
 """
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
