@@ -1,12 +1,16 @@
-"""README.md: its examples run, its table counts right, its links lead somewhere."""
+"""README.md: its examples run, its table counts right, its links lead somewhere.
+
+`python tests/test_readme.py --sync` writes the counts of the table.
+"""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_family import ALGOS, FAMILY, lines_above, read
+from test_family import ALGOS, FAMILY, changed_lines, lines_above, read
 
 ROOT = ALGOS.parent
 README = (ROOT / "README.md").read_text()
@@ -37,12 +41,23 @@ def test_examples_run(example):
         assert set(names["rows"].tolist()) <= set(range(5)) and len(names["weights"]) == 256
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_the_table_counts_the_lines_of_each_file(name):
-    source = read(name)
-    counts = f"| {lines_above(source)} / {len(source.splitlines())} |"
-    row = next(line for line in README.splitlines() if f"(algos/{name}.py)" in line)
-    assert counts in row, f"README.md: {name} has {counts}"
+def synced(readme: str) -> str:
+    """README.md with the counts of each file's row: its third and fourth columns."""
+    lines = readme.splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        name = re.match(r"\| \[`\w+\.py`\]\(algos/(\w+)\.py\)", line)
+        if name:
+            source, member = read(name[1]), FAMILY[name[1]]
+            cells = line.split(" | ")
+            cells[2] = f"{lines_above(source)} / {len(source.splitlines())}"
+            cells[3] = f"{changed_lines(name[1])}, `{member.parent}.py`" if member.parent else "-"
+            lines[i] = " | ".join(cells)
+    return "".join(lines)
+
+
+def test_the_table_lists_and_counts_every_file():
+    assert set(re.findall(r"\(algos/(\w+)\.py\)", README)) == set(FAMILY)
+    assert synced(README) == README, "python tests/test_readme.py --sync repairs this"
 
 
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
@@ -52,3 +67,9 @@ def test_links_lead_somewhere(page):
     assert links
     missing = [link for link in links if not (Path(ROOT, page).parent / link).exists()]
     assert not missing
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--sync"]:
+        sys.exit("usage: python tests/test_readme.py --sync")
+    (ROOT / "README.md").write_text(synced(README))
