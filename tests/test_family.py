@@ -57,9 +57,9 @@ OF_PER = {
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 20, VECTORS),
-    "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 50, VECTORS + 30, REPLAY_TOP),
-    "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 160, VECTORS + 115, REPLAY_TOP),
+    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 18, VECTORS),
+    "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 44, VECTORS + 30, REPLAY_TOP),
+    "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
