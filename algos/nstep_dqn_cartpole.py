@@ -7,12 +7,12 @@ With n = 1 a reward reaches the values of earlier states one step per refresh of
 moves n steps at once, and less of y is an estimate; in return y varies more.
 
 Parent: dqn_cartpole.py. What changes: NStep, which makes the transitions that the replay stores.
-Every step of an episode starts one of them. Where the episode ends after k < n steps, n is k;
-after a termination y = R, after a truncation y bootstraps from the last observation.
+Every step of an episode starts one of them. If the episode ends after k < n steps, k replaces n:
+then y = R after a termination, and after a truncation y bootstraps from the last observation.
 
 Deviations from the papers: those of dqn_cartpole.py, and
-1. Actions 2 to n were chosen by an older policy, partly at random, and y is not corrected for that:
-   so it is in Rainbow (Sutton's method is on-policy, Mnih et al.'s has no replay).
+1. Actions 2 to n were chosen by an older policy, partly at random, and y is not corrected for that,
+   as in Rainbow (Sutton's method is on-policy; Mnih et al.'s has no replay).
 2. One n for all steps, as in Rainbow (Mnih et al.: steps t to t + 4 bootstrap from s_{t+5}).
 
 Run: python algos/nstep_dqn_cartpole.py

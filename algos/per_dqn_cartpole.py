@@ -6,14 +6,14 @@
 There is more to learn from a transition whose TD error delta_i is large, so it is drawn more often.
 This biases the mean of the updates; the weights w_i correct it, fully once beta has risen to 1.
 
-Parent: dqn_cartpole.py. What changes: SumTree, PrioritizedReplay (the paper's proportional
-variant), and the loss is weighted.
+Parent: dqn_cartpole.py. What changes: PrioritizedReplay (the paper's proportional variant) and its
+SumTree, which is below the line; the loss is weighted.
 
 Deviations from the paper: those of dqn_cartpole.py, and
-1. DQN's update (the paper: Double DQN's, too), with its learning rate (a quarter of it).
-2. The TD error in the priority is not clipped (to [-1, 1]), with --loss huber neither.
+1. DQN's update (Double DQN's), with DQN's learning rate (a quarter of it).
+2. The priority is the TD error itself (clipped to [-1, 1]), also with --loss huber.
 3. max_j w_j is that of the batch, as in all public implementations (the paper does not say).
-4. p_i^alpha is rounded to a multiple of 2^-20, at least that; eps is 1e-6 (not given).
+4. p_i^alpha is rounded to a positive multiple of 2^-20; eps is 1e-6 (not given).
 
 Run: python algos/per_dqn_cartpole.py
 """
@@ -92,7 +92,7 @@ class Replay:
 
 
 class PrioritizedReplay(Replay):
-    """A Replay that draws row i with probability P(i), and new rows soon."""
+    """A Replay that draws row i with probability P(i) = p_i^alpha / sum_j p_j^alpha."""
 
     def __init__(self, capacity: int, obs_space, device: torch.device, tree):
         super().__init__(capacity, obs_space, device)
@@ -101,7 +101,7 @@ class PrioritizedReplay(Replay):
     def add(self, *transitions: np.ndarray) -> None:
         super().add(*transitions)
         rows = np.arange(self.next - len(transitions[0]), self.next)
-        self.tree.set(rows, np.full(len(rows), self.max_priority))
+        self.tree.set(rows, np.full(len(rows), self.max_priority))  # so that they are drawn soon
 
     def sample(self, batch_size: int, beta: float) -> Batch:
         total = self.tree.total()

@@ -618,7 +618,7 @@ def test_bad_arguments_of_prioritized_replay_are_one_line(in_tmp, monkeypatch):
 @pytest.mark.parametrize("name", [DUELING, PER, NSTEP])
 def test_they_play_minatar(name, in_tmp, monkeypatch):
     pytest.importorskip("minatar")
-    options = {"env_id": "MinAtar/Breakout-v1", "total_timesteps": 400, "eval_episodes": 0}
+    options = {"env_id": "MinAtar/Breakout-v1", "total_timesteps": 250, "eval_episodes": 0}
     options |= {"learning_starts": 100, "buffer_size": 300, "num_envs": 2}
     main_in_process(load(name), options | {"checkpoint_replay": True}, monkeypatch)
     obs = saved(in_tmp)["replay"][2][0]

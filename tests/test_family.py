@@ -81,36 +81,9 @@ OF_PQN = {
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 20, VECTORS),
-    "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 50, VECTORS + 30, REPLAY_TOP),
-    "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 160, VECTORS + 115, REPLAY_TOP),
-    "noisy_dqn_cartpole": Member("dqn_cartpole", NOISY, 35, VECTORS + 20, 190),
-    "c51_cartpole": Member("dqn_cartpole", C51, 80, VECTORS + 45, 200),
-    "rainbow_cartpole": Member(
-        "dqn_cartpole", OF_RAINBOW, 500, VECTORS + 275, 260, TAKEN_BY_RAINBOW
-    ),
-    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 12, 182),
-    "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 16, 186),
-    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 45, VECTORS + 28, 198),
-    "dqn_acrobot": Member(
-        "dqn_cartpole", {*OF_ACROBOT, "Args", "QNetwork", "main"}, 50, VECTORS + 15, TOP + 15
-    ),
-    "q_learning_acrobot": Member(
-        "dqn_acrobot",
-        {"Args", "td_loss", "main", "FIXED_WITH_REPLAY", "check_replay_args"},
-        120,
-        VECTORS,
-        without=("import copy", "Replay", "import re", "free_memory"),
-    ),
-    # No replay and no target network, but a rollout and lambda-returns: most of the top is its own.
-    "pqn_cartpole": Member(
-        "dqn_cartpole",
-        OF_PQN,
-        260,
-        VECTORS + 10,
-        TOP + 20,
-        without=("import copy", "import torch.nn.functional as F", "Replay"),
-    ),
+    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 18, VECTORS),
+    "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 44, VECTORS + 30, REPLAY_TOP),
+    "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
