@@ -318,7 +318,7 @@ def test_network_gives_distributions_and_their_means():
         ({"env_id": "MinAtar/Seaquest-v1"}, (0, 100)),
         ({"env_id": "LunarLander-v3"}, (None, None)),
         ({"env_id": "LunarLander-v3", "v_min": -5.0}, (-5, None)),
-        ({"env_id": "LunarLander-v3", "v_min": 0.0, "v_max": 0.0}, (0, 0)),  # 0 is given, too
+        ({"env_id": "Acrobot-v1", "v_min": 0.0}, (0, 0)),  # 0 is given, too
         ({"gamma": 1.0}, (None, None)),
         ({"gamma": 1.0, "v_min": 0.0, "v_max": 500.0}, (0, 500)),
     ],
