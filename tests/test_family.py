@@ -54,9 +54,9 @@ OF_QR = {"Args", "QNetwork", "quantile_huber_loss", "td_loss", "main"}
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 12, 182),
-    "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 16, 186),
-    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 45, VECTORS + 28, 198),
+    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 184),
+    "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 17, 187),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 47, VECTORS + 28, 198),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
