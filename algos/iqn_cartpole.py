@@ -3,15 +3,15 @@
     loss = sum_i 1/N' sum_j |tau_i - 1{d_ij < 0}| L_kappa(d_ij) / kappa,    tau_i, tau'_j ~ U(0, 1)
     d_ij = r + gamma Z_tau'_j(s', a*; theta^-) - Z_tau_i(s, a),    a* = argmax_a' Q(s', a'; theta^-)
 
-QR-DQN learns the quantiles of the return at N fixed tau. Here tau is an input of the network, which
-so learns the whole quantile function Z_tau: more tau need no more weights. Q is its mean over tau.
+QR-DQN learns the quantiles of the return at N fixed tau. Here tau is an input: the network learns
+Z_tau, the quantile at any tau. Q is the mean of Z_tau over tau, estimated with K drawn tau.
 
-Parent: qrdqn_cartpole.py. What changes: the arguments for tau, QNetwork, three lines of td_loss.
+Parent: qrdqn_cartpole.py. What changes: the arguments for tau, QNetwork, the tau in td_loss.
 
 Deviations from the paper (its value in parentheses): those of qrdqn_cartpole.py, and
-1. N = N' = K = 8 (64, 64, 32). The last hidden layer is multiplied with phi (the convolutions'
-   output, before the last hidden layer). As in the paper, i counts from 0 (some codes: from 1).
-2. In evaluation the K tau are midpoints (drawn): it is reproducible and leaves training's draws.
+1. N = N' = K = 8 (64, 64, 32). phi multiplies the last hidden layer (the output of the
+   convolutions, below that layer). i counts from 0, as in the paper; Dopamine counts from 1.
+2. In evaluation the K tau are midpoints (drawn): the same state always has the same values.
 
 Run: python algos/iqn_cartpole.py
 """
@@ -109,7 +109,7 @@ class QNetwork(nn.Module):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         n, device = self.n_act_taus, obs.device
         taus = (torch.arange(n, device=device) + 0.5).expand(len(obs), n) / n  # midpoints, (B, K)
-        if self.training:  # not in evaluation, which is reproducible and leaves these draws alone
+        if self.training:  # evaluation draws none: it must not change the run
             taus = torch.rand(len(obs), n, device=device)
         return self.quantiles(obs, taus).mean(dim=2)  # Q(s, a) = 1/K sum_k Z_tau_k(s, a), (B, A)
 
@@ -126,7 +126,7 @@ def quantile_huber_loss(quantiles, td_target, taus, kappa: float) -> torch.Tenso
 def td_loss(q_network, target_network, batch: Batch, args: Args):
     """-> the loss, a scalar; that of each row, (B,), for prioritized replay; Q(s, a), (B,)"""
     n, device = len(batch.actions), batch.actions.device
-    b = torch.arange(len(batch.actions), device=device)
+    b = torch.arange(n, device=device)
     with torch.no_grad():
         # r + gamma Z_tau'_j(s', a*; theta^-),  a* = argmax_a' Q(s', a'; theta^-)
         next_taus = torch.rand(n, args.n_target_taus, device=device)  # tau'_j, (B, N')

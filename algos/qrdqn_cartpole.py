@@ -4,15 +4,16 @@
     d_ij = r + gamma theta^-_j(s', a*) - theta_i(s, a),    a* = argmax_a' sum_j theta^-_j(s', a')
 
 The network learns the distribution of the return: theta_1 to theta_N are its quantiles, and Q is
-their mean. Errors above theta_i have weight tau_i, those below it 1 - tau_i, so that the loss is
+their mean. Targets above theta_i have weight tau_i, those below it 1 - tau_i, so that the loss is
 least where a share tau_i of the returns is below theta_i. No bounds of the return are needed.
 
 Parent: dqn_cartpole.py. What changes: n_quantiles and kappa, QNetwork, the loss.
 
-Deviations from the paper (its value in parentheses): 1 of dqn_cartpole.py, and
-1. 25 quantiles (200); Adam at 1e-3, annealed to 0, its epsilon 1e-8 (5e-5, 0.01/32); batch 128
-   (32), an update every 2 steps (4), replay 200,000 (1M), start 2,000 (50,000).
-2. theta^- lives 500 steps (10,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation (0.001).
+Deviations from the paper (its value in parentheses):
+1. Environments, network, rewards and steps: as deviation 1 of dqn_cartpole.py. 25 quantiles (200).
+2. Adam at 1e-3, annealed to 0, its epsilon 1e-8 (5e-5, 0.01/32); batch 128 (32), an update every
+   2 steps (4), replay 200,000 (1M), start 2,000 (50,000).
+3. theta^- lives 500 steps (10,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation (0.001).
 
 Run: python algos/qrdqn_cartpole.py
 """

@@ -81,9 +81,9 @@ OF_PQN = {
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 18, VECTORS),
-    "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 44, VECTORS + 30, REPLAY_TOP),
-    "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
+    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 184),
+    "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 17, 187),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 47, VECTORS + 28, 198),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
