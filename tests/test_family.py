@@ -31,7 +31,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI = 845, 1025
+VECTORS, ATARI = 850, 1025
 OF_ATARI = {
     *(
         "Args",
@@ -49,7 +49,7 @@ OF_ATARI = {
     *("make_envs", "evaluate", "film", "prepare_torch", "cuda_problem", "check_replay_args"),
     *("Run.load", "Run.save", "Run.open_log", "Run.log"),
 }
-OF_ACROBOT = {"tip_height", "reward_height", "FIXED_WITH_REPLAY"}
+OF_ACROBOT = {"Args", "QNetwork", "tip_height", "reward_height", "main", "FIXED_WITH_REPLAY"}
 OF_PQN = {
     *("Args", "Batch", "Rollout", "QNetwork", "lambda_returns", "td_loss", "main"),
     *("FIXED_WITH_REPLAY", "ENV_DEFAULTS", "make_optimizer", "check_replay_args"),
@@ -57,21 +57,20 @@ OF_PQN = {
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "dqn_acrobot": Member(
-        "dqn_cartpole", {*OF_ACROBOT, "Args", "QNetwork", "main"}, 50, VECTORS + 15, TOP + 15
-    ),
+    # Above the line also the exercise: its second reward, in functions, and what --stop-return is.
+    "dqn_acrobot": Member("dqn_cartpole", OF_ACROBOT, 45, VECTORS + 25, TOP + 30),
     "q_learning_acrobot": Member(
         "dqn_acrobot",
         {"Args", "td_loss", "main", "FIXED_WITH_REPLAY", "check_replay_args"},
-        120,
+        100,
         VECTORS,
         without=("import copy", "Replay", "import re", "free_memory"),
     ),
-    # No replay and no target network, but a rollout and lambda-returns: most of the top is its own.
+    # A rollout and lambda-returns instead of replay and target network: half of the top is its own.
     "pqn_cartpole": Member(
         "dqn_cartpole",
         OF_PQN,
-        260,
+        210,
         VECTORS + 10,
         TOP + 20,
         without=("import copy", "import torch.nn.functional as F", "Replay"),
@@ -125,12 +124,24 @@ def synced(name: str) -> str:
         text_of = dict(theirs)
         return "".join(text if x in own else text_of.get(x, text) for x, text in mine)
     text_of, parents = {x: text for x, text in mine if x in own}, {x for x, _ in theirs}
-    order = [x for x, _ in theirs if x not in member.without]
+    theirs = leave_out(theirs, member.without)
+    order = [x for x, _ in theirs]
     for before, (x, _) in zip([None, *(x for x, _ in mine)], mine):
         if x in own and x not in parents:
             order.insert(order.index(before) + 1 if before in order else len(order), x)
     text_of = dict(theirs) | text_of
     return "".join(text_of[x] for x in order)
+
+
+def leave_out(found: list, names: tuple) -> list:
+    """`found` without these pieces; the blank lines before one of them stay."""
+    kept, blank = [], ""
+    for x, text in found:
+        blank = max(blank, text[: len(text) - len(text.lstrip("\n"))])
+        if x not in names:
+            kept.append((x, blank + text.lstrip("\n")))
+            blank = ""
+    return kept
 
 
 def changed_lines(name: str) -> int:
