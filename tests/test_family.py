@@ -51,29 +51,7 @@ OF_ATARI = {
     *("make_envs", "evaluate", "film", "prepare_torch", "cuda_problem", "check_replay_args"),
     *("Run.load", "Run.save", "Run.open_log", "Run.log"),
 }
-OF_NSTEP = {"Args", "Batch", "NStep", "main", "FIXED_WITH_REPLAY"}
-OF_PER = {
-    *("Args", "Batch", "PrioritizedReplay", "td_loss", "main", "RunArgs", "FIXED_WITH_REPLAY"),
-    *("try: import fastreplay", "SumTree", "make_sum_tree", "Run.load", "Run.save"),
-}
-# More than 170 lines above the line: a layer of its own; a projection.
-NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
-C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
-TAKEN_BY_RAINBOW = {
-    **dict.fromkeys(("PrioritizedReplay", "SumTree", "make_sum_tree"), "per_dqn_cartpole"),
-    **dict.fromkeys(("RunArgs", "try: import fastreplay"), "per_dqn_cartpole"),
-    **dict.fromkeys(("REWARD_BOUNDS", "return_bounds"), "c51_cartpole"),
-    "NStep": "nstep_dqn_cartpole",
-    "NoisyLinear": "noisy_dqn_cartpole",
-}
-OF_RAINBOW = {
-    *("import functools", "Args", "Batch", "QNetwork", "td_loss", "projected", "main"),
-    *("FIXED_WITH_REPLAY", "Run.load", "Run.save", *TAKEN_BY_RAINBOW),
-}
-OF_MUNCHAUSEN = {"Args", "tau_log_pi", "td_loss"}
-OF_IQN = {"Args", "QNetwork", "td_loss"}
-OF_QR = {"Args", "QNetwork", "quantile_huber_loss", "td_loss", "main"}
-OF_ACROBOT = {"tip_height", "reward_height", "FIXED_WITH_REPLAY"}
+OF_ACROBOT = {"Args", "QNetwork", "tip_height", "reward_height", "main", "FIXED_WITH_REPLAY"}
 OF_PQN = {
     *("Args", "Batch", "Rollout", "QNetwork", "lambda_returns", "td_loss", "main"),
     *("FIXED_WITH_REPLAY", "ENV_DEFAULTS", "make_optimizer", "check_replay_args"),
@@ -81,9 +59,24 @@ OF_PQN = {
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 184),
-    "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 17, 187),
-    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 47, VECTORS + 28, 198),
+    # Above the line also the exercise: its second reward, in functions, and what --stop-return is.
+    "dqn_acrobot": Member("dqn_cartpole", OF_ACROBOT, 45, VECTORS + 25, TOP + 30),
+    "q_learning_acrobot": Member(
+        "dqn_acrobot",
+        {"Args", "td_loss", "main", "FIXED_WITH_REPLAY", "check_replay_args"},
+        100,
+        VECTORS,
+        without=("import copy", "Replay", "import re", "free_memory"),
+    ),
+    # A rollout and lambda-returns instead of replay and target network: half of the top is its own.
+    "pqn_cartpole": Member(
+        "dqn_cartpole",
+        OF_PQN,
+        210,
+        VECTORS + 10,
+        TOP + 20,
+        without=("import copy", "import torch.nn.functional as F", "Replay"),
+    ),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
 }
@@ -133,13 +126,24 @@ def synced(name: str) -> str:
         text_of = dict(theirs)
         return "".join(text if x in own else text_of.get(x, text) for x, text in mine)
     text_of, parents = {x: text for x, text in mine if x in own}, {x for x, _ in theirs}
-    text_of |= {piece: dict(pieces(read(file)))[piece] for piece, file in member.taken.items()}
-    order = [x for x, _ in theirs if x not in member.without]
+    theirs = leave_out(theirs, member.without)
+    order = [x for x, _ in theirs]
     for before, (x, _) in zip([None, *(x for x, _ in mine)], mine):
         if x in own and x not in parents:
             order.insert(order.index(before) + 1 if before in order else len(order), x)
     text_of = dict(theirs) | text_of
     return "".join(text_of[x] for x in order)
+
+
+def leave_out(found: list, names: tuple) -> list:
+    """`found` without these pieces; the blank lines before one of them stay."""
+    kept, blank = [], ""
+    for x, text in found:
+        blank = max(blank, text[: len(text) - len(text.lstrip("\n"))])
+        if x not in names:
+            kept.append((x, blank + text.lstrip("\n")))
+            blank = ""
+    return kept
 
 
 def changed_lines(name: str) -> int:
