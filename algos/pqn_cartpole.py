@@ -20,6 +20,7 @@ Deviations from the paper, whose code is meant where the paper is silent:
 
 Run: python algos/pqn_cartpole.py
 """
+
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 

@@ -19,6 +19,7 @@ whose derivative is bounded (--loss mse: the update above).
 
 Run: python algos/q_learning_acrobot.py
 """
+
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 

@@ -397,7 +397,7 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
 
 
 class PrioritizedReplay(Replay):
-    """A Replay that draws row i with probability P(i), and new rows soon."""
+    """A Replay that draws row i with probability P(i) = p_i^alpha / sum_j p_j^alpha."""
 
     def __init__(self, capacity: int, obs_space, device: torch.device, tree):
         super().__init__(capacity, obs_space, device)
@@ -406,7 +406,7 @@ class PrioritizedReplay(Replay):
     def add(self, *transitions: np.ndarray) -> None:
         super().add(*transitions)
         rows = np.arange(self.next - len(transitions[0]), self.next)
-        self.tree.set(rows, np.full(len(rows), self.max_priority))
+        self.tree.set(rows, np.full(len(rows), self.max_priority))  # so that they are drawn soon
 
     def sample(self, batch_size: int, beta: float) -> Batch:
         total = self.tree.total()
