@@ -115,6 +115,7 @@ def add(*path):
 TOOLS = [
     LEARNING,
     ["benchmarks/throughput.py", "--task", "cartpole", "--alone", "--variants", "script=script"],
+    ["benchmarks/tabular.py", "--parts", "bias"],
     ["benchmarks/buffers.py", "--peers", "cumsum-tree"],
     ["benchmarks/buffers.py", "--device", "cuda"],
 ]
