@@ -139,7 +139,7 @@ import tyro
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
@@ -433,13 +433,15 @@ class Run:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         text = text_pb("hyperparameters/text_summary", f"|argument|value|\n|-|-|\n{table}")
         try:
-            self.writer = EventFileWriter(str(self.folder))
-            if self.step:  # hide what an interrupted run logged after its checkpoint
-                session = SessionLog(status=SessionLog.START)
-                self.writer.add_event(Event(step=self.step, session_log=session))
-            self.writer.add_event(Event(wall_time=time.time(), summary=text))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Without the thread of TensorBoard's EventFileWriter, which slows a fast loop down.
+            self.writer = RecordWriter(open(self.folder / f"events.out.tfevents.{name[-1]}", "wb"))
         except OSError as e:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
+        self.add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if self.step:  # hide what an interrupted run logged after its checkpoint
+            self.add(Event(step=self.step, session_log=SessionLog(status=SessionLog.START)))
+        self.add(Event(wall_time=time.time(), summary=text), flush=True)
         print(f"{args.exp_name}: {args.env_id}, all in {self.folder}")
         settings = {field.name: getattr(args, field.name) for field in fields(Args)[1:]}
         print(", ".join(f"{key} {value}" for key, value in settings.items()), flush=True)
@@ -469,7 +471,9 @@ class Run:
             raise
         finally:
             self.bar.close()
-            self.write({}, self.step, close=True)
+            with contextlib.suppress(OSError):
+                if self.writer:
+                    self.writer.close()
 
     def due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -494,14 +498,11 @@ class Run:
         if episode:
             self.returns.append(episode[0])
             self.episodes += 1
-            self.write(
-                dict(zip(("charts/episodic_return", "charts/episodic_length"), episode)), step
-            )
-        self.squares, self.q_sum, self.n = (
-            self.squares + td_error**2,
-            self.q_sum + q_taken,
-            self.n + 1,
-        )
+            names = ("charts/episodic_return", "charts/episodic_length")
+            self.write(dict(zip(names, episode)), step, flush=False)
+        self.squares += td_error**2
+        self.q_sum += q_taken
+        self.n += 1
         if step % self.args.log_frequency:
             return
         seconds = time.time() - self.started
@@ -510,22 +511,24 @@ class Run:
         if self.returns:
             figures["charts/mean_return_100"] = np.mean(self.returns)
         self.squares, self.q_sum, self.n = 0.0, 0.0, 0
-        self.bar.set_postfix(
-            {k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()}, refresh=False
-        )
+        shown = {name.split("/")[1]: f"{x:.3g}" for name, x in figures.items()}
+        self.bar.set_postfix(shown, refresh=False)
         figures["charts/SPS"] = (step - self.first_step) / seconds
         figures["charts/hours"] = (self.seconds_before + seconds) / 3600
         self.write(figures, step)
 
-    def write(self, figures: dict, step: int, close: bool = False) -> None:
-        """Write one event to the log, with all figures; go on without a log if that fails."""
+    def write(self, figures: dict, step: int, flush: bool = True) -> None:
+        """Write one event to the log, with all figures."""
         values = [Summary.Value(tag=name, simple_value=x) for name, x in figures.items()]
-        event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+        self.add(Event(step=step, wall_time=time.time(), summary=Summary(value=values)), flush)
+
+    def add(self, event: Event, flush: bool = False) -> None:
+        """Write to the log; go on without a log if that fails."""
         try:
             if self.writer:
-                self.writer.add_event(event)
-                if close:
-                    self.writer.close()
+                self.writer.write(event.SerializeToString())
+                if flush:
+                    self.writer.flush()
         except OSError as e:
             self.writer = None
             tqdm.write(f"error: cannot log to {self.folder} ({e.strerror}); training continues.")

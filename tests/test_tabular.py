@@ -495,10 +495,10 @@ def test_what_a_person_reads(script):
 
 
 def test_ctrl_c_saves_and_prints_the_command_that_goes_on(in_tmp):
-    options = SMALL | {"env_id": "FrozenLake-v1", "total_timesteps": 10**7}
+    options = {"total_timesteps": 10**7, "checkpoint_frequency": 100, "eval_episodes": 3}
     process, folder = started(SINGLE, options, in_tmp)
     deadline = time.monotonic() + 60
-    while not [*folder.glob("events*")] and time.monotonic() < deadline:
+    while not (folder / "checkpoint.npz").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -609,6 +609,27 @@ def test_damaged_checkpoints_are_one_line(script, in_tmp, monkeypatch):
     assert "not both" in refused(script.__name__, both, monkeypatch)
     line = refused(script.__name__, {"resume": path, "env_id": "Taxi-v4"}, monkeypatch)
     assert "--env-id cannot change" in line
+
+
+def test_a_full_disk(script, in_tmp, monkeypatch, capsys):
+    """Without the log the run goes on; a checkpoint that is not written is an error."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.RecordWriter, "flush", full)
+        main_in_process(script, SMALL, patch)
+    out = capsys.readouterr().out
+    assert out.count("cannot log to") == 1 and "training continues" in out
+    path = next(in_tmp.glob("runs/*/checkpoint.npz"))
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(script.np, "savez", full)
+        with pytest.raises(SystemExit) as left:
+            main_in_process(script, {"resume": path, "total_timesteps": 3100}, patch)
+    assert left.value.code == 1 and "the one before it is kept" in capsys.readouterr().err
+    assert path.read_bytes() == before and not [*in_tmp.rglob("*.partial")]
 
 
 def test_no_torch_is_imported(script):
