@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(config, items):
             pass  # CPU instructions do not affect a GPU
         else:
             kept.append(item)
-    items[:] = kept
+    # The longest test first, so that the others run beside it (pytest-xdist).
+    items[:] = sorted(kept, key=lambda item: "sanitizer" not in item.nodeid)
     config.hook.pytest_deselected(items=[item for found in left_out.values() for item in found])
     counts = {reason: len(found) for reason, found in left_out.items() if found}
     config.stash[LEFT_OUT] = counts

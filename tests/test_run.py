@@ -413,7 +413,7 @@ def test_a_film_shows_one_episode():
     script, seed = load("dqn_cartpole"), (1, 7)
     args = script.RunArgs(eval_episodes=3, eval_e=1.0)
     torch.manual_seed(1)
-    network = script.QNetwork(4, 2)
+    network = script.QNetwork(np.zeros(4), 2)
     returns, actions = script.evaluate(network, args, torch.device("cpu"), seed)
     pictures = list(script.film(args, seed, actions))
     envs = script.make_envs(args.env_id, 1, seed, render_mode="rgb_array")
@@ -640,7 +640,7 @@ def test_damaged_and_foreign_files_are_refused(whole, in_tmp, monkeypatch):
         (in_tmp / file).write_bytes(damage)
     torch.load(in_tmp / "flipped.pt", weights_only=True, mmap=True)
     torch.save({"weights": torch.zeros(3)}, in_tmp / "foreign.pt")
-    torch.save(script.QNetwork(4, 2), in_tmp / "code.pt")  # would run code when loaded
+    torch.save(script.QNetwork(np.zeros(4), 2), in_tmp / "code.pt")  # would run code when loaded
     (in_tmp / "folder.pt").mkdir()
     for file in (*bad, "foreign.pt", "code.pt", "folder.pt"):
         for flag in ("resume", "evaluate"):
@@ -927,7 +927,7 @@ def test_polyak_targets_move_a_little_at_every_sync(cartpole, in_tmp, monkeypatc
     options |= {"total_timesteps": 400, "checkpoint_frequency": 0, "learning_starts": 390}
     main_in_process(cartpole, options, monkeypatch)
     torch.manual_seed(1)
-    start = cartpole.QNetwork(4, 2).state_dict()
+    start = cartpole.QNetwork(np.zeros(4), 2).state_dict()
     for key, value in ends[-1]["target_network"].items():
         expected = start[key] + 0.25 * (ends[-1]["q_network"][key] - start[key])
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
