@@ -231,7 +231,7 @@ class Environment:
         obs, self.resumed = self.resumed, None
         if obs is None:
             self.seed, self.actions = int(self.rng.integers(2**31)), []
-            self.episode_return, self.ended = 0.0, None
+            self.episode_return = 0.0
             obs = int(self.env.reset(seed=self.seed)[0]) - self.first_obs
         return obs
 

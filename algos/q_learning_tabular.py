@@ -3,11 +3,12 @@
     Q(s, a) <- Q(s, a) + alpha (r + gamma max_a' Q(s', a') - Q(s, a))
 
 The target takes the best action in s', whatever the agent does there: Q approaches Q*, the values
-of the optimal policy, while the agent explores (off-policy). With probability 1 it converges to Q*
-if every (s, a) is tried without end and alpha = 1/n(s, a)^w, 1/2 < w <= 1, where n counts updates.
+of the optimal policy, while the agent explores (off-policy). It converges to Q* with probability 1
+if every (s, a) is updated without end, and the n-th time with alpha = 1/n^w, 1/2 < w <= 1 (rewards
+bounded, gamma < 1).
 
 Parent: none. Read down to the line of =: that is all of Q-learning. Then: diff with
-double_q_learning_tabular.py. DQN (dqn_cartpole.py) is the same update of a neural network.
+double_q_learning_tabular.py. DQN (dqn_cartpole.py) does the same with a neural network.
 
 The papers leave open how to explore, alpha and the first values of Q. Here:
 1. Epsilon-greedy; epsilon decays linearly; ties in the argmax are broken at random.
@@ -230,7 +231,7 @@ class Environment:
         obs, self.resumed = self.resumed, None
         if obs is None:
             self.seed, self.actions = int(self.rng.integers(2**31)), []
-            self.episode_return, self.ended = 0.0, None
+            self.episode_return = 0.0
             obs = int(self.env.reset(seed=self.seed)[0]) - self.first_obs
         return obs
 

@@ -235,7 +235,10 @@ def bias_report(fractions, runs):
         f"{0.5 / runs**0.5:.1%}). The last column is the mean of the last tenth of the episodes. "
         "The book's Figure 6.5 (10,000 runs; it does not give the number of actions in B) says: "
         "Q-learning at first goes left much more often than right, and always significantly more "
-        "often than 5%; double Q-learning is essentially unaffected.",
+        "often than 5%; double Q-learning is essentially unaffected. The figure in the repository "
+        "ShangtongZhang/reinforcement-learning-an-introduction (10 actions in B, 1,000 runs), read "
+        "off its pixels: highest 94% for Q-learning and 52% for double Q-learning, last tenth 13% "
+        "and 7%.",
     ]
     return lines
 
