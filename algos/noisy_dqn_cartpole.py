@@ -12,6 +12,7 @@ Parent: dqn_cartpole.py. What changes: all linear layers are NoisyLinear; no ran
 Deviations from the paper: those of dqn_cartpole.py, but for epsilon, and
 1. All environments act with the same noise, drawn at every step (one environment).
 2. Evaluation is without noise: with mu alone.
+3. Learning rate 5e-4: with dqn_cartpole.py's 1e-3 a seed fell from 500 to 372 at the end.
 
 Run: python algos/noisy_dqn_cartpole.py
 """
@@ -32,7 +33,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 200_000  # environment steps, summed over the environments
-    learning_rate: float = 1e-3  # of the optimizer
+    learning_rate: float = 5e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run

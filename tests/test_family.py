@@ -84,7 +84,7 @@ FAMILY = {
     "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 44, VECTORS + 30, REPLAY_TOP),
     "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
     # More than 170 lines above the line: a layer, a projection, a loss or a target of their own.
-    "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 35, VECTORS + 20, 190),
+    "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 37, VECTORS + 20, 190),
     "c51_cartpole": Member("dqn_cartpole", OF_C51, 80, VECTORS + 45, 200),
     "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 49, VECTORS + 17, 187),
     "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 47, VECTORS + 28, 198),
