@@ -270,9 +270,10 @@ def test_loss_and_one_update_equal_the_oracle(seed):
     for p, e in zip(parameters, expected):
         np.testing.assert_allclose(p.grad.numpy(), e, rtol=1e-7, atol=1e-9)
         assert np.abs(e).max() > 0
-    optimizer = script.make_optimizer(q_network, script.RunArgs())
+    args = script.RunArgs()
+    optimizer = script.make_optimizer(q_network, args)
     optimizer.step()
-    for p, e in zip(parameters, oracle.adam_step(before, expected, lr=5e-4)):
+    for p, e in zip(parameters, oracle.adam_step(before, expected, lr=args.learning_rate)):
         np.testing.assert_allclose(p.detach().numpy(), e, rtol=1e-6, atol=1e-8)
     assert all(p.grad is None for p in target_network.parameters())
 
