@@ -125,6 +125,8 @@ def learn(name, env_id, seeds, jobs):
             returns.append(value)
     found = {"script": name, "env_id": env_id, "optimum": optimum(env_id, gamma)}
     found |= {"seeds": list(seeds), "returns": returns}
+    reach = f"{sum(reaches(found))} of {len(seeds)} seeds at the optimum"
+    print(f"{name}, {env_id}: {reach}", flush=True)
     return found | {"seconds": [round(seconds[seed], 1) for seed in seeds]}
 
 
