@@ -12,7 +12,7 @@ Parent: dqn_cartpole.py. What changes: all linear layers are NoisyLinear; no ran
 Deviations from the paper: those of dqn_cartpole.py, but for epsilon, and
 1. All environments act with the same noise, drawn at every step (one environment).
 2. Evaluation is without noise: with mu alone.
-3. Learning rate 5e-4: with dqn_cartpole.py's 1e-3 a seed fell from 500 to 372 at the end.
+3. Learning rate 5e-4: with dqn_cartpole.py's 1e-3 a trial run fell back at its end.
 
 Run: python algos/noisy_dqn_cartpole.py
 """
