@@ -283,11 +283,11 @@ def return_bounds(args: Args) -> tuple[float | None, float | None]:
     return tuple(r / (1 - args.gamma) if v is None else v for v, r in given)
 
 
-class Pictures(nn.Module):
-    """(B, H, W, C) uint8 -> (B, C, H, W) float32"""
+class Windows(nn.Module):
+    """(B, H, W, C) uint8 -> (B, H - 2, W - 2, 9 C) float32: the 3x3 window around each cell."""
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return obs.permute(0, 3, 1, 2).contiguous().float()  # contiguous: a faster gradient
+        return obs.float().unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
 def make_features(shape: tuple, hidden: tuple) -> tuple[nn.Sequential, int]:
@@ -298,9 +298,10 @@ def make_features(shape: tuple, hidden: tuple) -> tuple[nn.Sequential, int]:
             layers += [nn.Linear(n_inputs, n_outputs), nn.ReLU()]
         return nn.Sequential(*layers), hidden[-1]
     height, width, channels = shape  # the network of Young and Tian, 2019, arXiv:1903.03176
-    convolution = (Pictures(), nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten())
+    # A 3x3 convolution with 16 channels, as one matrix product: on a CPU faster than nn.Conv2d.
+    convolution = nn.Sequential(Windows(), nn.Linear(9 * channels, 16))
     linear = nn.Linear(16 * (height - 2) * (width - 2), 128)
-    return nn.Sequential(*convolution, linear, nn.ReLU()), 128
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), linear, nn.ReLU()), 128
 
 
 def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:

@@ -13,8 +13,7 @@ no target network.
 Deviations from the paper, whose code is meant where the paper is silent:
 1. s_{t+1} of an episode that a time limit cuts bootstraps, from its true last observation. The
    authors' code and CleanRL's treat a time limit as a termination.
-2. PyTorch's initialisation and LayerNorm's epsilon 1e-5 (LeCun's normal, 1e-6). Pictures: a hidden
-   layer, and LayerNorm over channels and pixels (channels only); 1M steps (10M).
+2. PyTorch's initialisation (LeCun's), LayerNorm's epsilon 1e-5 (1e-6). MinAtar: 1M steps (10M).
 3. The learning rate and epsilon follow the steps, not the number of rollouts. Steps after the last
    whole rollout are not learned from: 288 of 500,000.
 
@@ -103,8 +102,9 @@ class QNetwork(nn.Module):
         layers, n_features = make_features(obs_space.shape, (256, 256))
         self.features = nn.Sequential()
         for layer in layers:
-            if isinstance(layer, nn.ReLU):  # one group: LayerNorm, over channels and pixels
-                self.features.append(nn.GroupNorm(1, self.features[-1].weight.shape[0]))
+            if isinstance(layer, nn.ReLU):  # pictures: each of the 8x8 cells has its own norm
+                *_, linear = self.features.modules()  # the layer before
+                self.features.append(nn.LayerNorm(linear.out_features))
             self.features.append(layer)
         self.head = nn.Linear(n_features, n_actions)
 
@@ -261,11 +261,11 @@ ENV_DEFAULTS = {
 }
 
 
-class Pictures(nn.Module):
-    """(B, H, W, C) uint8 -> (B, C, H, W) float32"""
+class Windows(nn.Module):
+    """(B, H, W, C) uint8 -> (B, H - 2, W - 2, 9 C) float32: the 3x3 window around each cell."""
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return obs.permute(0, 3, 1, 2).contiguous().float()  # contiguous: a faster gradient
+        return obs.float().unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
 def make_features(shape: tuple, hidden: tuple) -> tuple[nn.Sequential, int]:
@@ -276,9 +276,10 @@ def make_features(shape: tuple, hidden: tuple) -> tuple[nn.Sequential, int]:
             layers += [nn.Linear(n_inputs, n_outputs), nn.ReLU()]
         return nn.Sequential(*layers), hidden[-1]
     height, width, channels = shape  # the network of Young and Tian, 2019, arXiv:1903.03176
-    convolution = (Pictures(), nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten())
+    # A 3x3 convolution with 16 channels, as one matrix product: on a CPU faster than nn.Conv2d.
+    convolution = nn.Sequential(Windows(), nn.Linear(9 * channels, 16))
     linear = nn.Linear(16 * (height - 2) * (width - 2), 128)
-    return nn.Sequential(*convolution, linear, nn.ReLU()), 128
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), linear, nn.ReLU()), 128
 
 
 def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:

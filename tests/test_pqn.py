@@ -191,12 +191,12 @@ def test_rewards_are_scaled_for_learning_only(in_tmp, monkeypatch):
 
 
 def layer_norm(x, weight, bias):
-    """Over all axes but the first; weight and bias are per unit or channel, the second axis."""
+    """Over the last axis, the units or the channels; weight and bias are theirs."""
     out = np.empty_like(x)
-    for i, row in enumerate(x):
+    for i in np.ndindex(x.shape[:-1]):
+        row = x[i]
         out[i] = (row - row.mean()) / np.sqrt(((row - row.mean()) ** 2).mean() + 1e-5)
-    shape = (1, -1) + (1,) * (x.ndim - 2)
-    return out * weight.reshape(shape) + bias.reshape(shape)
+    return out * weight + bias
 
 
 def scrambled(q_network):
@@ -227,11 +227,10 @@ def test_layer_norm_stands_between_convolution_and_relu():
     q_network = pqn.QNetwork(np.zeros((10, 10, 4), np.uint8), 3)
     kernel, bias, *norm, linear, linear_bias, w, b, head, head_bias = scrambled(q_network).values()
     obs = (torch.rand(3, 10, 10, 4) < 0.2).to(torch.uint8)
-    pictures, hidden = obs.numpy().astype(np.float64), np.zeros((3, 16, 8, 8))
+    pictures, hidden = obs.numpy().astype(np.float64), np.zeros((3, 8, 8, 16))
     for y in range(8):
         for x in range(8):
-            patch = pictures[:, y : y + 3, x : x + 3]
-            hidden[:, :, y, x] = np.einsum("bijc,ocij->bo", patch, kernel) + bias
+            hidden[:, y, x] = pictures[:, y : y + 3, x : x + 3].reshape(3, -1) @ kernel.T + bias
     hidden = np.maximum(layer_norm(hidden, *norm), 0).reshape(3, -1)
     hidden = np.maximum(layer_norm(hidden @ linear.T + linear_bias, w, b), 0)
     expected = hidden @ head.T + head_bias

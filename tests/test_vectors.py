@@ -157,11 +157,11 @@ def test_the_convolution_sees_pictures_as_height_width_channel():
     obs = (torch.rand(2, 10, 10, 4) < 0.2).to(torch.uint8)
     weights = {k: v.numpy().astype(np.float64) for k, v in q_network.state_dict().items()}
     kernel, bias, linear, linear_bias, head, head_bias = weights.values()
-    pictures, hidden = obs.numpy().astype(np.float64), np.zeros((2, 16, 8, 8))
+    pictures, hidden = obs.numpy().astype(np.float64), np.zeros((2, 8, 8, 16))
     for y in range(8):
         for x in range(8):
-            patch = pictures[:, y : y + 3, x : x + 3]  # (2, 3, 3, 4)
-            hidden[:, :, y, x] = np.einsum("bijc,ocij->bo", patch, kernel) + bias
+            hidden[:, y, x] = pictures[:, y : y + 3, x : x + 3].reshape(2, -1) @ kernel.T + bias
+    assert hidden.shape[-1] == 16 and linear.shape == (128, 1024)  # Young and Tian, 2019
     hidden = np.maximum(np.maximum(hidden, 0).reshape(2, -1) @ linear.T + linear_bias, 0)
     expected = hidden @ head.T + head_bias
     np.testing.assert_allclose(q_network(obs).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
