@@ -3,6 +3,8 @@
 OWN = "#0a5fc4"  # the project's lines
 PEER = "#a8a8a8"  # the peers' lines
 TEXT = "#555555"
+# For several lines in one figure: Okabe and Ito, 2008, told apart by the colour-blind.
+COLOURS = (OWN, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def pyplot():

@@ -15,7 +15,6 @@ Without --record the tool only prints the report. With it, the record's folder c
 import argparse
 import csv
 import importlib.util
-import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -25,8 +24,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 from figures import OWN, TEXT, label_ends, pyplot
-from learning import run_seeds
 from machine import ROOT, clean_commit, write_record
+from train import Run, run_all
 
 SCRIPTS = {
     "q_learning_tabular": "Q-learning",
@@ -114,20 +113,19 @@ def learned_return(script, checkpoint, env_id):
 
 def learn(name, env_id, seeds, jobs):
     """Run a script on all seeds. Returns a dict: the optimum, and for each seed return, seconds."""
-    command = [sys.executable, os.fspath(ROOT / "algos" / f"{name}.py"), "--env-id", env_id]
-    command += ["--eval-frequency", "0"]
+    runs = [Run(name, env_id, seed) for seed in seeds]
     with tempfile.TemporaryDirectory(prefix="cleanq-tabular-") as folder:
-        seconds = run_seeds(command, seeds, Path(folder), jobs)
+        seconds = run_all(runs, ["--eval-frequency", "0"], Path(folder), jobs)
         returns = []
-        for seed in seeds:
-            checkpoint = next((Path(folder) / str(seed)).glob("runs/*/checkpoint.npz"))
+        for run in runs:
+            checkpoint = next(run.place(Path(folder)).glob("runs/*/checkpoint.npz"))
             value, gamma = learned_return(load(name), checkpoint, env_id)
             returns.append(value)
     found = {"script": name, "env_id": env_id, "optimum": optimum(env_id, gamma)}
     found |= {"seeds": list(seeds), "returns": returns}
     reach = f"{sum(reaches(found))} of {len(seeds)} seeds at the optimum"
     print(f"{name}, {env_id}: {reach}", flush=True)
-    return found | {"seconds": [round(seconds[seed], 1) for seed in seeds]}
+    return found | {"seconds": [round(seconds[run], 1) for run in runs]}
 
 
 def left_actions(name, seeds, episodes):

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ parser.add_argument("--total-timesteps", type=int, default=300)
 args, _ = parser.parse_known_args()
 stop = []
 signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-writer = EventFileWriter(f"runs/{args.env_id}__{args.seed}")
+writer = EventFileWriter(f"runs/{args.env_id.replace('/', '-')}__{args.seed}")
 pathlib.Path("started").touch()
 
 
@@ -59,7 +61,7 @@ for step in range(100, args.total_timesteps + 1, 100):
     print(f"{args.env_id}, step {step}, evaluated: {score:.1f} +- 2.0 in 100 episodes")
 writer.close()
 """
-LEARNING = ["benchmarks/learning.py", "--script", "script"]
+TRAIN = ["benchmarks/train.py", "--scripts", "script"]
 NO_GIT = {key: value for key, value in os.environ.items() if not key.startswith(("GIT", "COMMIT"))}
 
 
@@ -113,7 +115,7 @@ def add(*path):
 
 
 TOOLS = [
-    LEARNING,
+    TRAIN,
     ["benchmarks/throughput.py", "--task", "cartpole", "--alone", "--variants", "script=script"],
     ["benchmarks/tabular.py", "--parts", "bias"],
     ["benchmarks/buffers.py", "--peers", "cumsum-tree"],
@@ -134,7 +136,7 @@ def test_a_record_is_refused_before_the_measurement(repository, tool):
 @pytest.mark.parametrize("folder", ["algos", "csrc/core", "benchmarks", "tests"])
 def test_untracked_code_is_refused(repository, folder):
     add(folder, "new.py")(repository)
-    done = run(repository, *LEARNING, "--record", "record")
+    done = run(repository, *TRAIN, "--record", "record")
     assert done.returncode != 0 and f"{folder}/new.py" in done.stderr
     assert not (repository / "record").exists()
 
@@ -143,7 +145,7 @@ def test_a_dirty_checkout_can_be_measured_without_a_record(repository):
     edit(repository)
     add("tests", "new.py")(repository)
     before = git(repository, "status", "--porcelain")
-    done = run(repository, *LEARNING, "--seeds", 1, 2)
+    done = run(repository, *TRAIN, "--seeds", 1, 2)
     assert done.returncode == 0 and "| 2 | 300 | 32.0 +- 2.0 |" in done.stdout
     assert git(repository, "status", "--porcelain") == before
 
@@ -151,7 +153,7 @@ def test_a_dirty_checkout_can_be_measured_without_a_record(repository):
 def test_other_untracked_files_and_records_may_be_there(repository):
     add("notes.txt")(repository)
     add("benchmarks", "records", "earlier", "build.log")(repository)
-    done = run(repository, *LEARNING, "--seeds", 1, "--record", "benchmarks/records/new")
+    done = run(repository, *TRAIN, "--seeds", 1, "--record", "benchmarks/records/new")
     assert done.returncode == 0, done.stderr
 
 
@@ -165,7 +167,7 @@ def test_a_change_during_the_measurement_leaves_no_record(repository, change):
         code = f"\nimport subprocess; subprocess.run({words}, cwd={str(repository)!r}, check=True)"
     script.write_text(SCRIPT + code)
     git(repository, "commit", "-aqm", "a script that changes the checkout")
-    done = run(repository, *LEARNING, "--seeds", 1, "--record", "record")
+    done = run(repository, *TRAIN, "--seeds", 1, "--record", "record")
     assert done.returncode != 0 and "| 1 | 300 |" in done.stdout  # it was measured and printed
     assert ("commit or stash" if change == "an edit" else "went from commit") in done.stderr
     assert not (repository / "record").exists()
@@ -174,10 +176,10 @@ def test_a_change_during_the_measurement_leaves_no_record(repository, change):
 def test_outside_a_repository_the_commit_is_given(repository, tmp_path):
     shutil.rmtree(repository / ".git")
     for given in ({}, {"COMMIT": "06ae543"}, {"COMMIT": "main"}):
-        done = run(repository, *LEARNING, "--record", "record", **given)
+        done = run(repository, *TRAIN, "--record", "record", **given)
         assert done.returncode != 0 and "set COMMIT" in done.stderr and done.stdout == ""
     given = {"COMMIT": "0123456789" * 4}
-    assert run(repository, *LEARNING, "--seeds", 1, "--record", "record", **given).returncode == 0
+    assert run(repository, *TRAIN, "--seeds", 1, "--record", "record", **given).returncode == 0
     machine = json.loads((repository / "record" / "results.json").read_text())["machine"]
     assert machine["commit"] == given["COMMIT"]
 
@@ -187,7 +189,7 @@ def test_a_folder_inside_another_repository_is_not_a_repository(repository):
     git(repository.parent, "init", "-q")
     git(repository.parent, "add", "-A")
     git(repository.parent, "commit", "-qm", "another project")
-    done = run(repository, *LEARNING, "--record", "record")
+    done = run(repository, *TRAIN, "--record", "record")
     assert done.returncode != 0 and "set COMMIT" in done.stderr
 
 
@@ -195,15 +197,15 @@ def test_a_folder_inside_another_repository_is_not_a_repository(repository):
 def test_the_command_can_be_pasted(repository, where):
     """It starts in the repository's folder, even if the tool was started in another folder."""
     cwd = (repository / where).resolve()
-    tool = repository / "benchmarks" / "learning.py"
-    words = [tool if where == ".." else os.path.relpath(tool, cwd), "--script", "script"]
+    tool = repository / "benchmarks" / "train.py"
+    words = [tool if where == ".." else os.path.relpath(tool, cwd), "--scripts", "script"]
     words += ["--seeds", 1, "--record", repository / "records" / "a new one"]
     words += ["--", "--name", "it's two words", f"--data={repository.parent}/data"]
     done = run(repository, *words, cwd=cwd)
     assert done.returncode == 0, done.stderr
     record = repository / "records" / "a new one"
     expected = (
-        "python benchmarks/learning.py --script script --seeds 1 --record 'records/a new one' "
+        "python benchmarks/train.py --scripts script --seeds 1 --record 'records/a new one' "
         """-- --name 'it'"'"'s two words' --data=data"""
     )
     page, results = (record / "README.md").read_text(), (record / "results.json").read_text()
@@ -212,8 +214,8 @@ def test_the_command_can_be_pasted(repository, where):
     assert str(repository.parent) not in page + results
 
 
-def test_the_contents_of_a_learning_record(repository):
-    words = [*LEARNING, "--env-id", "Acrobot-v1", "--seeds", 5, 3, 9, "--goal", 34, "--jobs", 2]
+def test_the_contents_of_a_record_of_one_script(repository):
+    words = [*TRAIN, "--env-ids", "Acrobot-v1", "--seeds", 5, 3, 9, "--goal", 34, "--jobs", 2]
     done = run(repository, *words, "--record", "record", "--", "--total-timesteps", 400)
     assert done.returncode == 0, done.stderr
     record, commit = repository / "record", git(repository, "rev-parse", "HEAD").strip()
@@ -240,38 +242,181 @@ def test_the_contents_of_a_learning_record(repository):
 
 
 def test_the_goal_applies_to_the_final_evaluation(repository):
-    """Seed 1 exceeds 21 during the run and ends below it."""
+    """Seed 1 exceeds 20 during the run and ends below it."""
     script = repository / "algos" / "script.py"
     script.write_text(SCRIPT.replace("+ args.seed\n", "- (step == 300 and args.seed == 1) * 20\n"))
-    done = run(repository, *LEARNING, "--seeds", 1, 2, "--goal", 20)
+    done = run(repository, *TRAIN, "--seeds", 1, 2, "--goal", 20)
     assert "1 of 2 seeds reach the goal of 20 in the final evaluation." in done.stdout
     assert "| 1 | 300 | 10.0 +- 2.0 | step 200 | 10.0 |" in done.stdout
-    done = run(repository, *LEARNING, "--seeds", 1, "--goal", 40)
+    done = run(repository, *TRAIN, "--seeds", 1, "--goal", 40)
     assert "0 of 1 seed reach" in done.stdout and "| never |  |" in done.stdout
 
 
 def test_a_failed_run_ends_the_tool_with_its_last_lines(repository):
-    done = run(repository, *LEARNING, "--seeds", 1, 13, 2, "--record", "record")
+    done = run(repository, *TRAIN, "--seeds", 1, 13, 2, "--record", "record")
     assert done.returncode != 0 and not (repository / "record").exists()
     assert done.stderr.splitlines() == [
         "a step",
         "the next step",
         "error: thirteen",
-        "error: seed 13 ended with status 3.",
+        "error: script seed 13 ended with status 3.",
     ]
+
+
+# A script that trains for a second: one step in 10 ms, a checkpoint of each. It refuses to run
+# beside another process of the same run. Ctrl-C ends it as it ends those in algos/.
+SLOW = """
+import argparse, os, pathlib, signal, sys, time
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--seed", type=int)
+parser.add_argument("--resume", type=pathlib.Path)
+parser.add_argument("--checkpoint-replay", action="store_true")
+args = parser.parse_args()
+pids = pathlib.Path("pids")
+for pid in pids.read_text().split() if pids.exists() else ():
+    command = pathlib.Path("/proc", pid, "cmdline")  # empty: it has ended, nobody asked how
+    assert not command.exists() or not command.read_text(), "this run is running"
+pids.open("a").write(str(os.getpid()) + " ")
+stop = []
+signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+checkpoint = args.resume or pathlib.Path("runs/run/checkpoint.pt")
+checkpoint.parent.mkdir(parents=True, exist_ok=bool(args.resume))
+step = int(checkpoint.read_text()) if args.resume else 0
+while step < 100 and not stop:
+    step += 1
+    pathlib.Path("steps").open("a").write(str(step) + " ")
+    pathlib.Path("new.pt").write_text(str(step))
+    os.replace("new.pt", checkpoint)
+    time.sleep(0.01)
+if step < 100:
+    print("go on with: python script.py --resume", checkpoint)
+    sys.exit()
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+value = Summary.Value(tag="eval/episodic_return", simple_value=args.seed)
+writer = EventFileWriter(str(checkpoint.parent))
+writer.add_event(Event(step=100, summary=Summary(value=[value])))
+writer.close()
+print(f"CartPole-v1, step 100, evaluated: {args.seed:.1f} +- 0.0 in 100 episodes")
+"""
+
+
+def study(repository, folder, *words):
+    (repository / "algos" / "script.py").write_text(SLOW)
+    git(repository, "commit", "-qam", "slow")
+    return [
+        sys.executable,
+        repository / TRAIN[0],
+        *TRAIN[1:],
+        "--jobs",
+        "3",
+        *words,
+        "--runs",
+        folder,
+    ]
+
+
+def test_a_killed_study_goes_on(repository, tmp_path):
+    """Nothing is lost and nothing runs twice, also while runs outlive the tool."""
+    folder, seeds = tmp_path / "study", [str(seed) for seed in range(8)]
+    command = [*map(str, study(repository, folder, "--seeds", *seeds))]
+    rng, hidden = np.random.default_rng(0), {"stdout": subprocess.DEVNULL, "env": NO_GIT}
+    started = 0
+    for _ in range(5):
+        tool = subprocess.Popen(command, **hidden)
+        deadline = time.monotonic() + 30
+        while len([*folder.rglob("pids")]) == started and time.monotonic() < deadline:
+            time.sleep(0.01)  # until it has started a run
+        time.sleep(rng.uniform(0, 0.7))
+        tool.kill()
+        tool.wait()
+        started = len([*folder.rglob("pids")])
+        if started > 5:
+            break
+    assert 0 < started
+    done = subprocess.run(command, env=NO_GIT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for seed in seeds:
+        (place,) = folder.glob(f"*/*/{seed}")
+        assert (place / "steps").read_text().split() == [str(i) for i in range(1, 101)]
+        assert f"| {seed} | 100 | {seed}.0 +- 0.0 |" in done.stdout
+    before = {path: path.read_text() for path in folder.rglob("pids")}
+    again = subprocess.run(command, env=NO_GIT, capture_output=True, text=True)
+    assert again.stdout.startswith("8 of 8 runs are done already")
+    assert again.stdout.split("\n", 1)[1] == done.stdout[done.stdout.index("# script on") :]
+    assert before == {path: path.read_text() for path in folder.rglob("pids")}
+
+
+def test_ctrl_c_stops_a_study(repository, tmp_path):
+    folder = tmp_path / "study"
+    command = [*map(str, study(repository, folder, "--seeds", "1", "2"))]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": NO_GIT}
+    tool = subprocess.Popen(command, start_new_session=True, **options)
+    deadline = time.monotonic() + 30
+    while len([*folder.rglob("steps")]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(tool.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the runs, too
+    _, errors = tool.communicate()
+    assert tool.returncode != 0 and "the same command goes on" in errors
+    assert not [*folder.rglob("done")] and "Traceback" not in errors
+    done = subprocess.run(command, **{key: options[key] for key in ("text", "env")}, stdout=-1)
+    assert done.returncode == 0 and "| 2 | 100 | 2.0 +- 0.0 |" in done.stdout
+
+
+def test_a_study_has_one_commit_and_one_set_of_flags(repository, tmp_path):
+    folder = tmp_path / "study"
+    words = [*TRAIN, "--seeds", 1, "--runs", folder]
+    assert run(repository, *words).returncode == 0
+    done = run(repository, *words, "--", "--total-timesteps", 200)
+    assert done.returncode != 0 and "the same flags" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    edit(repository)
+    done = run(repository, *words)
+    assert done.returncode != 0 and "the same commit" in done.stderr
+    git(repository, "commit", "-qam", "edited")
+    done = run(repository, *words, "--record", "record")
+    assert done.returncode != 0 and "the same commit" in done.stderr
+    assert not (repository / "record").exists()
+
+
+def test_the_contents_of_a_record_of_a_matrix(repository):
+    shutil.copy(repository / "algos" / "script.py", repository / "algos" / "other.py")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "two")
+    words = ["benchmarks/train.py", "--scripts", "script", "other", "--seeds", 1, 2]
+    words += ["--env-ids", "MinAtar/Breakout-v1", "Acrobot-v1", "--record", "record"]
+    done = run(repository, *words)
+    assert done.returncode == 0, done.stderr
+    page = (repository / "record" / "README.md").read_text()
+    for line in (
+        "# 2 scripts on MinAtar/Breakout-v1, Acrobot-v1",
+        "| `other.py` | MinAtar/Breakout-v1 | 31.5 (31.0 to 32.0) | 31.0 to 32.0 | 0.7 | 21.5 |",
+        "| script | Acrobot-v1 | 2 | 300 | 32.0 +- 2.0 | 0.0 |",
+        "python algos/SCRIPT.py --env-id ENV --seed SEED",
+    ):
+        assert line in page
+    for name in ("curve_MinAtar-Breakout-v1.png", "curve_Acrobot-v1.png"):
+        assert f"]({name})" in page and (repository / "record" / name).exists()
+    with open(repository / "record" / "evaluations.csv") as file:
+        rows = [tuple(row.values())[:3] for row in csv.DictReader(file)]
+    expected = itertools.product(("script", "other"), words[8:10], "12", range(3))
+    assert rows == [row[:3] for row in expected]
 
 
 def test_a_run_without_a_final_evaluation_is_an_error(repository):
     script = repository / "algos" / "script.py"
     script.write_text(SCRIPT.replace('print(f"{args.env_id}, step', 'print(f"step'))
-    done = run(repository, *LEARNING, "--seeds", 1)
-    assert done.returncode != 0 and "seed 1 ended without a final evaluation" in done.stderr
+    done = run(repository, *TRAIN, "--seeds", 1)
+    assert done.returncode != 0 and "script seed 1 ended without a final evaluation" in done.stderr
 
 
 @pytest.mark.parametrize("n", range(1, 12))
 def test_interquartile_mean(n):
-    from learning import interquartile_mean
     from scipy.stats import trim_mean
+    from train import interquartile_mean
 
     values = np.random.default_rng(n).normal(size=(n, 3))
     assert np.allclose(interquartile_mean(values), trim_mean(values, 0.25))
@@ -279,7 +424,7 @@ def test_interquartile_mean(n):
 
 def test_bootstrap_interval():
     """Compared with all 5^5 resamples of five seeds."""
-    from learning import bootstrap_interval, interquartile_mean
+    from train import bootstrap_interval, interquartile_mean
 
     seeds = np.random.default_rng(0).normal(size=(5, 2))
     draws = np.array(list(itertools.product(range(5), repeat=5)))  # (3125, 5)
@@ -320,20 +465,37 @@ def check_labels(figure):
         assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
 
 
-def test_the_learning_figure():
-    from learning import draw
+@pytest.mark.parametrize("n", [1, 6, 7])
+def test_the_figure_of_learning_curves(n):
+    """One to six scripts share the axes; seven have a panel each."""
+    from train import draw
 
-    steps = [100, 200, 300]
+    steps, names = [100, 200, 300], [f"dqn{i}_cartpole" for i in range(n)]
     run = {"env_id": "CartPole-v1", "episodes": 100, "steps": steps}
-    runs = [run | {"seed": seed, "returns": [10.0, 400.0 + seed, 476.0]} for seed in range(5)]
-    figure = draw("dqn_cartpole", runs, 475.0)
+    runs = [
+        run | {"script": name, "seed": seed, "returns": [10.0, 400.0 + seed, 470.0 + i]}
+        for i, name in enumerate(names)
+        for seed in range(5)
+    ]
+    figure = draw(runs, 475.0)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == (7 if n == 7 else 1)
+    if n == 7:
+        assert [axes.get_title() for axes in shown] == [f"dqn{i}" for i in range(7)]
+        assert "steps" in figure.get_supxlabel() and "return" in figure.get_supylabel()
+        return
     check_labels(figure)
-    assert "steps" in figure.axes[0].get_xlabel() and "return" in figure.axes[0].get_ylabel()
-    assert any("goal: 475" in text.get_text() for text in figure.axes[0].texts)
+    texts = [text.get_text() for text in shown[0].texts]
+    assert "steps" in shown[0].get_xlabel() and "return" in shown[0].get_ylabel()
+    assert any("goal: 475" in text for text in texts) and len(texts) == n + 1
+    lines = [line for line in shown[0].lines if len(line.get_xdata()) == 3]
+    assert len(lines) == (1 + 5 if n == 1 else n)
+    strong = [line.get_color() for line in lines if line.get_linewidth() > 2]
+    assert len(strong) == len({*strong}) == n  # no colour twice
 
 
 def test_curves_meet_at_common_steps():
-    from learning import common_curve
+    from train import common_curve
 
     runs = [{"steps": [10, 20, 25], "returns": [1, 2, 3]}, {"steps": [10, 20], "returns": [4, 5]}]
     steps, returns = common_curve(runs)

@@ -1,0 +1,470 @@
+"""Learning curves of scripts x environments x seeds, resumable after a kill.
+
+    python benchmarks/train.py --scripts dqn_cartpole --goal 475 --jobs 2 \\
+        --record benchmarks/records/2026-01-01_dqn_cartpole
+    python benchmarks/train.py --scripts dqn_cartpole ddqn_cartpole --jobs 2 --runs ../study \\
+        --env-ids MinAtar/Breakout-v1 MinAtar/Asterix-v1 --record ../study_record
+
+Every run is `python algos/SCRIPT.py --env-id ENV --seed SEED`; flags after `--` go to every script.
+With --runs the runs stay in that folder, and the same command, given again after a kill, goes on
+where it stopped: finished runs are kept, others continue from their checkpoint, bit for bit.
+Without --record the tool only prints the report. With it, the record's folder contains README.md
+(report, command, commit, versions, machine), the figures, evaluations.csv and results.json.
+"""
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from figures import COLOURS, OWN, PEER, TEXT, label_ends, pyplot
+from machine import ROOT, clean_commit, commit_of, quote, write_record
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+RESAMPLES = 10_000
+# The line that a script prints after an evaluation.
+EVALUATED = re.compile(r"(\S+), step ([\d,]+), evaluated: (\S+) \+- (\S+) in (\d+) ")
+
+
+class Run(NamedTuple):
+    """One training. `env_id` is None where the script's default applies."""
+
+    script: str
+    env_id: str | None
+    seed: int
+
+    def __str__(self) -> str:
+        return " ".join([self.script, *([self.env_id] if self.env_id else []), f"seed {self.seed}"])
+
+    def place(self, folder: Path) -> Path:
+        return folder / self.script / (self.env_id or "default").replace("/", "-") / str(self.seed)
+
+    def flags(self) -> list[str]:
+        return [*(["--env-id", self.env_id] if self.env_id else []), "--seed", str(self.seed)]
+
+
+def interquartile_mean(values, axis=0):
+    """Mean without the lowest and the highest quarter; of n values, floor(n / 4) on each side."""
+    values = np.sort(values, axis=axis)
+    n = values.shape[axis]
+    return values.take(range(n // 4, n - n // 4), axis=axis).mean(axis=axis)
+
+
+def bootstrap_interval(values, resamples=RESAMPLES):
+    """95% percentile bootstrap of the interquartile mean over seeds.
+
+    `values`: (seeds, ...). Returns (low, high), each of shape (...). Whole seeds are drawn, so one
+    resample is a set of curves. All seeds use the same environment, the only stratum.
+    """
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    seeds = np.random.default_rng(0).integers(n, size=(n, resamples))
+    columns = values.reshape(n, -1).T
+    means = [interquartile_mean(column[seeds]) for column in columns]  # each (resamples,)
+    low, high = np.percentile(means, [2.5, 97.5], axis=1)
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def run_all(runs, flags, folder, jobs, keep=False):
+    """Train the runs that are not done, `jobs` at a time. -> {run: seconds}
+
+    Exits at the end if some failed.
+
+    A run's process holds a lock on the run's folder. So a run that outlived a killed call of this
+    tool is waited for, not started twice. With `keep`, runs save their replay in checkpoints, and
+    go on from them.
+    """
+    todo = [run for run in runs if not (run.place(folder) / "done").exists()]
+    n, running, failed, seconds = len(runs), {}, [], {}
+    if len(todo) < n:
+        print(f"{n - len(todo)} of {n} runs are done already", flush=True)
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                run = todo.pop(0)
+                running[run] = start(run, flags, run.place(folder), keep), time.monotonic()
+            time.sleep(0.1)
+            for run, (process, begin) in list(running.items()):
+                if process is None:  # it outlived an earlier call
+                    lock = locked(run.place(folder))
+                    if lock:  # now it has ended: started again, it only repeats its evaluation
+                        lock.close()
+                        del running[run]
+                        todo.insert(0, run)
+                    continue
+                if process.poll() is None:
+                    continue
+                del running[run]
+                place = run.place(folder)
+                if process.returncode != 0 or not has_ended(place):
+                    failed.append((run, process.returncode))
+                    continue
+                (place / "done").touch()
+                seconds[run] = time.monotonic() - begin
+                line = f"{run}: {seconds[run] / 60:.1f} min"
+                line += f" ({n - len(todo) - len(running) - len(failed)} of {n})"
+                left = np.mean([*seconds.values()]) * (len(todo) + len(running) / 2) / jobs
+                line += f", about {left / 60:.0f} min left" if left else ""
+                print(line, flush=True)
+    except KeyboardInterrupt:  # it reached the runs, too, which save a checkpoint
+        for process, _ in running.values():
+            if process:
+                process.wait()
+        sys.exit("\nstopped; the same command goes on." if keep else "\nstopped.")
+    finally:
+        for process, _ in running.values():
+            if process and not keep:
+                process.kill()
+                process.wait()
+    for run, status in failed:
+        tail = "\n".join(lines_of(run.place(folder))[-15:])
+        print(f"{tail}\nerror: {run} ended with status {status}.", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+    return seconds
+
+
+def start(run, flags, place, keep):
+    """Start a run, or let it go on. -> its process; None if it is still running"""
+    place.mkdir(parents=True, exist_ok=True)
+    lock = locked(place)
+    if lock is None:
+        return None
+    command = [sys.executable, os.fspath(ROOT / "algos" / f"{run.script}.py"), *run.flags(), *flags]
+    if keep:
+        checkpoint = next((place / "runs").glob("*/checkpoint.pt"), None)
+        command += ["--resume", os.fspath(checkpoint.relative_to(place))] if checkpoint else []
+        if not checkpoint and "checkpoint_replay" in Path(command[1]).read_text():
+            command += ["--checkpoint-replay"]
+    with lock, open(place / "log.txt", "a") as log:
+        options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=place, pass_fds=[lock.fileno()], **options)
+
+
+def locked(place):
+    """The open lock file of a run's folder, or None if a process holds the lock."""
+    lock = open(place / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        lock.close()
+        return None
+
+
+def lines_of(place):
+    """A run's output, line by line; each redraw of a progress bar is a line, too."""
+    text = (place / "log.txt").read_text(errors="replace")
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def has_ended(place):
+    """Whether the last start of a run came to its final evaluation. One stopped by a signal says
+    how to go on."""
+    last = [line for line in lines_of(place) if EVALUATED.search(line) or "go on with:" in line]
+    return not last or "go on with:" not in last[-1]  # without any: read_run complains
+
+
+def read_run(run, place):
+    """The evaluations of a finished run.
+
+    Returns a dict: script, env_id, seed; steps and returns, one for each evaluation; final_return,
+    final_std and episodes of the last one; seconds of training; the script's arguments as text.
+    """
+    found = [match for line in lines_of(place) if (match := EVALUATED.search(line))]
+    folders = list((place / "runs").glob("*"))
+    if not found or len(folders) != 1:
+        sys.exit(f"error: {run} ended without a final evaluation under runs/.")
+    env_id, step, _, std, episodes = found[-1].groups()
+    events = EventAccumulator(str(folders[0]), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    there = events.Tags()["scalars"]
+    evaluations = {}
+    if "eval/episodic_return" in there:
+        evaluations = {e.step: e.value for e in events.Scalars("eval/episodic_return")}
+    if max(evaluations, default=None) != int(step.replace(",", "")):
+        sys.exit(f"error: {run}: TensorBoard has no final evaluation, at step {step}.")
+    arguments = {}
+    if "hyperparameters/text_summary" in events.Tags()["tensors"]:
+        text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
+        rows = [line.strip("|").split("|", 1) for line in text.decode().splitlines()[2:]]
+        arguments = {row[0]: row[1] for row in rows if len(row) == 2}
+    hours = [e.value for e in events.Scalars("charts/hours")] if "charts/hours" in there else [0]
+    return {
+        "script": run.script,
+        "env_id": env_id,
+        "seed": run.seed,
+        "steps": [*evaluations],
+        "returns": [round(value, 4) for value in evaluations.values()],
+        "final_return": round([*evaluations.values()][-1], 4),
+        "final_std": float(std),
+        "episodes": int(episodes),
+        "seconds": round(3600 * hours[-1], 1),
+        "arguments": arguments,
+    }
+
+
+def goal_of(run, goal):
+    """Whether the final evaluation reaches `goal`, the step of the first one that does, or None,
+    and the lowest return from there on."""
+    steps = [step for step, value in zip(run["steps"], run["returns"]) if value >= goal]
+    first = steps[0] if steps else None
+    later = [value for step, value in zip(run["steps"], run["returns"]) if steps and step >= first]
+    return {
+        "reaches_goal": run["final_return"] >= goal,
+        "first_step_at_goal": first,
+        "lowest_return_after": min(later, default=None),
+    }
+
+
+def common_curve(runs):
+    """Steps at which all runs were evaluated, (T,), and their returns there, (runs, T)."""
+    steps = sorted(set.intersection(*(set(run["steps"]) for run in runs)))
+    if not steps:
+        sys.exit("error: the seeds have no evaluation step in common; set --eval-frequency.")
+    curves = [dict(zip(run["steps"], run["returns"])) for run in runs]
+    return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves])
+
+
+def grouped(runs, *keys):
+    """The runs by the values of `keys`, in the order of their first appearance."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    return groups
+
+
+def report_of(runs, flags, goal):
+    """The record's page, in Markdown."""
+    groups = grouped(runs, "script", "env_id")
+    scripts, env_ids = ([key for (key,) in grouped(runs, name)] for name in ("script", "env_id"))
+    seeds = f"{len(runs) // len(groups)} seed{'s' * (len(runs) > len(groups))}"
+    one = len(groups) == 1
+    lines = [f"# {scripts[0] if len(scripts) == 1 else f'{len(scripts)} scripts'} on "]
+    lines[0] += ", ".join(env_ids)
+    if one and goal is not None:
+        reach = sum(run["reaches_goal"] for run in runs)
+        lines += ["", f"{reach} of {seeds} reach the goal of {goal:g} in the final evaluation."]
+    lines += ["", f"Final evaluations over {seeds}, and the mean of a seed's curve:", ""]
+    head = ["script", "environment", "interquartile mean (95% interval)", "lowest to highest"]
+    head += ["standard deviation", "mean over the run"]
+    head += [] if goal is None else [f"reach {goal:g}"]
+    lines += [table_row(head), table_row(["---", "---", *["---:"] * (len(head) - 2)])]
+    for (script, env_id), group in groups.items():
+        final = np.array([run["final_return"] for run in group])
+        low, high = bootstrap_interval(final)
+        cells = [f"`{script}.py`", env_id]
+        cells += [f"{interquartile_mean(final):.1f} ({low:.1f} to {high:.1f})"]
+        cells += [f"{final.min():.1f} to {final.max():.1f}"]
+        cells += [f"{final.std(ddof=1):.1f}" if len(group) > 1 else "unknown"]
+        cells += [f"{interquartile_mean(common_curve(group)[1].mean(axis=1)):.1f}"]
+        if goal is not None:
+            cells += [f"{sum(run['reaches_goal'] for run in group)} of {len(group)}"]
+        lines.append(table_row(cells))
+    lines += ["", *(f"![learning curves]({figure_name(e, env_ids)})" for e in env_ids), ""]
+    head = ["script", "environment"] * (not one) + ["seed", "agent steps"]
+    head += ["final evaluation, mean +- standard deviation"]
+    if goal is not None:
+        head += [f"first evaluation at {goal:g} or more", "lowest evaluation from then on"]
+    head += ["minutes"]
+    lines += [table_row(head), table_row(["---", *["---:"] * (len(head) - 1)])]
+    for run in runs:
+        cells = [run["script"], run["env_id"]] * (not one)
+        cells += [str(run["seed"]), f"{run['steps'][-1]:,}"]
+        cells += [f"{run['final_return']:.1f} +- {run['final_std']:.1f}"]
+        if goal is not None:
+            first, lowest = run["first_step_at_goal"], run["lowest_return_after"]
+            cells += ["never", ""] if first is None else [f"step {first:,}", f"{lowest:.1f}"]
+        lines.append(table_row([*cells, f"{run['seconds'] / 60:.1f}"]))
+    epsilon = runs[0]["arguments"].get("eval_e")
+    script, env_id = ("SCRIPT", "ENV") if not one else (scripts[0], env_ids[0])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"An evaluation is the mean return of {runs[0]['episodes']} whole episodes"
+            + (f" with epsilon {epsilon}" if epsilon is not None else "")
+            + f", unclipped. The curve is the interquartile mean of {seeds} with a 95% percentile "
+            f"bootstrap interval over the seeds ({RESAMPLES:,} resamples, one environment, so one "
+            "stratum). evaluations.csv contains every evaluation.",
+            "",
+            "Each run:",
+            "",
+            "```bash",
+            quote(["python", f"algos/{script}.py", "--env-id", env_id, *flags]) + " --seed SEED",
+            "```",
+        ]
+    )
+
+
+def table_row(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def figure_name(env_id, env_ids):
+    return "curve.png" if len(env_ids) == 1 else f"curve_{env_id.replace('/', '-')}.png"
+
+
+def draw(runs, goal):
+    """The interquartile mean of each script over its seeds, with its interval. One environment.
+
+    Up to six scripts share the axes, each named at the end of its line; a lone one shows its seeds,
+    too. More have a panel each, with the first one in grey. Returns the matplotlib figure.
+    """
+    groups = {script: group for (script,), group in grouped(runs, "script").items()}
+    curves = {script: common_curve(group) for script, group in groups.items()}
+    n, plt = len(curves), pyplot()
+    first, env_id = next(iter(curves)), runs[0]["env_id"]
+    panels = n > len(COLOURS)
+    rows, columns, size = (-(-n // 4), 4, (11.6, 2.3 * -(-n // 4))) if panels else (1, 1, (6.4, 4))
+    options = {"figsize": size, "sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, dpi=150, **options)
+    axes = axes.flatten()
+    for i, (script, curve) in enumerate(curves.items()):
+        if panels:
+            axes[i].plot(curves[first][0], interquartile_mean(curves[first][1]), color=PEER)
+            axes[i].set_title(re.sub("_(cartpole|atari)$", "", script), fontsize=9)
+            draw_curve(axes[i], *curve, OWN, seeds=False)
+        else:
+            draw_curve(axes[0], *curve, COLOURS[i], seeds=n == 1)
+    for ax in axes[n:] if panels else ():
+        ax.set_visible(False)
+    for ax in axes:
+        ax.xaxis.set_major_formatter(plt.FuncFormatter(lambda x, _: thousands(x)))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.25)
+        ax.set_xlim(0, max(steps[-1] for steps, _ in curves.values()))
+        if goal is not None:
+            ax.axhline(goal, color=TEXT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    unit = "agent steps (4 frames each)" if first.endswith("_atari") else "environment steps"
+    seeds = f"{len(runs) // n} seed{'s' * (len(runs) > n)}"
+    measure = f"return, mean of {runs[0]['episodes']} evaluation episodes"
+    if panels:
+        figure.supxlabel(unit, fontsize=9)
+        figure.supylabel(measure, fontsize=9)
+        title = f"{env_id}: interquartile mean of {seeds}, 95% interval; grey: {first}"
+        figure.suptitle(title, fontsize=10)
+        figure.tight_layout()
+        return figure
+    axes[0].set_xlabel(unit)
+    axes[0].set_ylabel(measure)
+    axes[0].set_title(f"{first} on {env_id}" if n == 1 else env_id, loc="left")
+    labels = [] if goal is None else [(goal, f"goal: {goal:g}", TEXT)]
+    for colour, (script, (_, returns)) in zip(COLOURS, curves.items()):
+        last = interquartile_mean(returns)[-1]
+        text = f"{last:.1f}: {script}"
+        if n == 1:
+            text = f"{last:.1f}: interquartile mean\nof {seeds}, 95% interval\n(thin: each seed)"
+        labels.append((last, text, colour))
+    label_ends(axes[0], labels)
+    return figure
+
+
+def draw_curve(ax, steps, returns, colour, seeds):
+    if seeds:
+        ax.plot(steps, returns.T, color=colour, alpha=0.25, linewidth=0.8)
+    ax.fill_between(steps, *bootstrap_interval(returns), color=colour, alpha=0.18, linewidth=0)
+    marker = "o" if len(steps) == 1 else None  # a line through one point is invisible
+    ax.plot(steps, interquartile_mean(returns), color=colour, linewidth=2.2, marker=marker)
+
+
+def thousands(x):
+    """1500 -> "1.5k", 2000000 -> "2M" """
+    for size, letter in ((10**6, "M"), (10**3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:g}{letter}"
+    return f"{x:g}"
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scripts", nargs="+", required=True, help="files in algos/, without .py")
+    parser.add_argument("--env-ids", nargs="+", default=[None], help="default: each script's own")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--goal", type=float, help="return that the final evaluation should reach")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the runs (default: none does)")
+    parser.add_argument("--record", type=Path, help="folder of the record")
+    parser.add_argument("flags", nargs="*", help="after --: flags of the scripts")
+    args = parser.parse_args()
+    there = sorted(file.stem for file in (ROOT / "algos").glob("*.py"))
+    for script in args.scripts:
+        if script not in there:
+            parser.error(f"--scripts {script}: not in algos/; there are: {', '.join(there)}")
+    for name in ("scripts", "env_ids", "seeds"):
+        if len({*getattr(args, name)}) < len(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} must differ")
+    if args.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    taken = {"--seed": "--seeds", "--env-id": "--env-ids"}
+    for flag in (word.split("=")[0].replace("_", "-") for word in args.flags):
+        if flag in taken:
+            parser.error(f"{flag} after --: use {taken[flag]}")
+    return args
+
+
+def check_study(folder, study):
+    """Exit if the runs in `folder` are of another commit or have other flags."""
+    file = folder / "study.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(json.dumps(study))
+    before = json.loads(file.read_text())
+    for key, value in study.items():
+        if before[key] != value:
+            sys.exit(
+                f"error: the runs in {folder} have {key} {before[key]}, not {value}; "
+                "give another --runs folder, or the same " + key + "."
+            )
+
+
+def main():
+    args = parse_args()
+    if args.record:
+        try:
+            pyplot()
+        except ImportError:
+            sys.exit("error: --record draws a figure; run `pip install matplotlib` first.")
+    commit = clean_commit() if args.record else commit_of(str(ROOT))
+    runs = [Run(*x) for x in product(args.scripts, args.env_ids, args.seeds)]
+    with contextlib.ExitStack() as stack:
+        folder = args.runs
+        if folder:
+            check_study(folder, {"commit": commit, "flags": args.flags})
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleanq-train-")))
+        run_all(runs, args.flags, folder, args.jobs, keep=bool(args.runs))
+        found = [read_run(run, run.place(folder)) for run in runs]
+    for run in found:
+        run |= {} if args.goal is None else goal_of(run, args.goal)
+    report = report_of(found, args.flags, args.goal)
+    print(report)
+    if not args.record:
+        return
+    by_env = {env_id: group for (env_id,), group in grouped(found, "env_id").items()}
+    figures = {figure_name(env_id, [*by_env]): draw(by_env[env_id], args.goal) for env_id in by_env}
+    results = {"goal": args.goal, "jobs": args.jobs, "runs": found}
+    write_record(args.record, results, report, commit)
+    with open(args.record / "evaluations.csv", "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["script", "env_id", "seed", "step", "episodic_return"])
+        for run in found:
+            keys = (run["script"], run["env_id"], run["seed"])
+            writer.writerows((*keys, *pair) for pair in zip(run["steps"], run["returns"]))
+    for name, figure in figures.items():
+        figure.savefig(args.record / name, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
