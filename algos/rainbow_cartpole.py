@@ -466,13 +466,14 @@ class NoisyLinear(nn.Linear):
         self.sigma_bias = nn.Parameter(torch.full_like(self.bias, sigma))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)  # mu alone
         if not self.training:
-            return super().forward(x)  # mu alone
+            return y
         # One draw per call, so for all rows of x: p + q random numbers, not p q.
         e_in, e_out = torch.randn_like(self.weight[0]), torch.randn_like(self.bias)  # (p,), (q,)
         f_in, f_out = (e.sign() * e.abs().sqrt() for e in (e_in, e_out))  # f(e)
-        weight = self.weight + self.sigma_weight * torch.outer(f_out, f_in)
-        return F.linear(x, weight, self.bias + self.sigma_bias * f_out)
+        # (sigma * outer(f_out, f_in)) x = f_out * (sigma (f_in * x)): no matrix of noise is built
+        return y + f_out * F.linear(x * f_in, self.sigma_weight, self.sigma_bias)
 
 
 class SumTree:

@@ -14,7 +14,7 @@ PARTS = {
     "dueling_dqn_cartpole": {"dueling": True},
     "per_dqn_cartpole": {"prioritized": True},
     "nstep_dqn_cartpole": {"n_step": 3},
-    "noisy_dqn_cartpole": {"noisy": True},
+    "noisy_dqn_cartpole": {"noisy": True, "sigma_0": 0.3},
     "c51_cartpole": {"distributional": True},
 }
 OBS, ACTIONS, BATCH, ATOMS = 4, 3, 16, 7
@@ -49,7 +49,7 @@ def networks(script, args):
 def test_with_one_part_on_the_update_is_that_files(name):
     """Same weights, same batch, same noise: same loss, errors and gradients."""
     results = []
-    for file, options in (("rainbow_cartpole", OFF | PARTS[name]), (name, {})):
+    for file, options in (("rainbow_cartpole", OFF | PARTS[name]), (name, PARTS[name])):
         script = load(file)
         known = {k: v for k, v in options.items() if hasattr(script.Args, k)}
         args = script.Args(**known)
@@ -75,7 +75,7 @@ def test_with_one_part_on_the_update_is_that_files(name):
 def test_with_one_part_on_a_run_is_that_files(name, in_tmp, monkeypatch):
     """A whole run, with its draws: the same random numbers, so nearly the same weights."""
     weights = []
-    for file, options in (("rainbow_cartpole", OFF | PARTS[name]), (name, {})):
+    for file, options in (("rainbow_cartpole", OFF | PARTS[name]), (name, PARTS[name])):
         script = load(file)
 
         def keep(path, state, save=script.save_checkpoint):
