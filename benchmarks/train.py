@@ -35,6 +35,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 RESAMPLES = 10_000
 # The line that a script prints after an evaluation.
 EVALUATED = re.compile(r"(\S+), step ([\d,]+), evaluated: (\S+) \+- (\S+) in (\d+) ")
+# The line of a run that ended because of --stop-return.
+SOLVED = re.compile(r"--stop-return (\S+), after (\d+) episodes, (\d+) steps and (\S+) seconds")
 
 
 class Run(NamedTuple):
@@ -180,7 +182,8 @@ def read_run(run, place):
     """The evaluations of a finished run.
 
     Returns a dict: script, env_id, seed; steps and returns, one for each evaluation; final_return,
-    final_std and episodes of the last one; seconds of training; the script's arguments as text.
+    final_std and episodes of the last one; seconds of training; the script's arguments as text;
+    solved: --stop-return, episodes, steps, seconds, where it ended the run.
     """
     found = [match for line in lines_of(place) if (match := EVALUATED.search(line))]
     folders = list((place / "runs").glob("*"))
@@ -200,6 +203,7 @@ def read_run(run, place):
         text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
         rows = [line.strip("|").split("|", 1) for line in text.decode().splitlines()[2:]]
         arguments = {row[0]: row[1] for row in rows if len(row) == 2}
+    solved = [match for line in lines_of(place) if (match := SOLVED.search(line))]
     hours = [e.value for e in events.Scalars("charts/hours")] if "charts/hours" in there else [0]
     return {
         "script": run.script,
@@ -212,6 +216,7 @@ def read_run(run, place):
         "episodes": int(episodes),
         "seconds": round(3600 * hours[-1], 1),
         "arguments": arguments,
+        "solved": [float(number) for number in solved[-1].groups()] if solved else None,
     }
 
 
@@ -277,6 +282,9 @@ def report_of(runs, flags, goal):
     head += ["final evaluation, mean +- standard deviation"]
     if goal is not None:
         head += [f"first evaluation at {goal:g} or more", "lowest evaluation from then on"]
+    ended = [run["solved"] for run in runs if run["solved"]]
+    if ended:
+        head += ["episodes", "steps", "seconds until the run's --stop-return"]
     head += ["minutes"]
     lines += [table_row(head), table_row(["---", *["---:"] * (len(head) - 1)])]
     for run in runs:
@@ -286,7 +294,19 @@ def report_of(runs, flags, goal):
         if goal is not None:
             first, lowest = run["first_step_at_goal"], run["lowest_return_after"]
             cells += ["never", ""] if first is None else [f"step {first:,}", f"{lowest:.1f}"]
+        if ended:
+            cells += (
+                [f"{x:,.0f}" for x in run["solved"][1:]] if run["solved"] else ["never", "", ""]
+            )
         lines.append(table_row([*cells, f"{run['seconds'] / 60:.1f}"]))
+    if ended:
+        numbers = zip(("episodes", "steps", "seconds"), np.median(ended, axis=0)[1:])
+        median = ", ".join(f"{x:,.0f} {name}" for name, x in numbers)
+        lines += [
+            "",
+            f"{len(ended)} of {len(runs)} runs ended at their --stop-return, the mean of the ",
+        ]
+        lines[-1] += f"last 100 training episodes; medians until then: {median}."
     epsilon = runs[0]["arguments"].get("eval_e")
     script, env_id = ("SCRIPT", "ENV") if not one else (scripts[0], env_ids[0])
     return "\n".join(

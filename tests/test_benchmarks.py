@@ -59,6 +59,8 @@ for step in range(100, args.total_timesteps + 1, 100):
     score = 0.1 * step + args.seed
     scalar("eval/episodic_return", score, step)
     print(f"{args.env_id}, step {step}, evaluated: {score:.1f} +- 2.0 in 100 episodes")
+if args.seed == 7:
+    print("reached --stop-return -90, after 301 episodes, 300 steps and 4.2 seconds")
 writer.close()
 """
 TRAIN = ["benchmarks/train.py", "--scripts", "script"]
@@ -239,6 +241,16 @@ def test_the_contents_of_a_record_of_one_script(repository):
     assert float(rows[-1]["episodic_return"]) == 49.0
     results = json.loads((record / "results.json").read_text())
     assert results["machine"]["commit"] == commit and len(results["runs"]) == 3
+
+
+def test_a_record_says_how_long_solved_runs_took(repository):
+    done = run(repository, *TRAIN, "--seeds", 7, 1)
+    assert done.returncode == 0, done.stderr
+    assert "| 7 | 300 | 37.0 +- 2.0 | 301 | 300 | 4 | 0.0 |" in done.stdout
+    assert "| 1 | 300 | 31.0 +- 2.0 | never |  |  | 0.0 |" in done.stdout
+    assert (
+        "1 of 2 runs ended" in done.stdout and "301 episodes, 300 steps, 4 seconds." in done.stdout
+    )
 
 
 def test_the_goal_applies_to_the_final_evaluation(repository):
