@@ -38,6 +38,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 10_000_000  # agent steps, summed over the games; one is four frames
     learning_rate: float = 1e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 1_000_000  # agent steps kept for replay; 7.1 kB each
     gamma: float = 0.99  # discount factor
@@ -206,6 +207,7 @@ class RunArgs(Args):
     eval_frequency: int = 250_000  # agent steps between two evaluations; 0: only the last one
     eval_episodes: int = 10  # whole games per evaluation; 0: no evaluation
     eval_e: float = 0.01  # epsilon while evaluating
+    eval_max_frames: int = 108_000  # longest evaluated game; 60 frames are one second of play
     stop_return: float | None = None  # stop when the mean of the last 100 games reaches this
     checkpoint_frequency: int = 100_000  # agent steps between checkpoints; 0: only the last
     checkpoint_replay: bool = False  # save the replay too: a resumed run is bit-identical on a CPU
@@ -505,9 +507,9 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+        optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
-        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:
@@ -540,7 +542,7 @@ def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
     """Play whole games -> their unclipped returns, and the actions of the first, for a film."""
     n, rng = min(args.eval_episodes, 10), np.random.default_rng(seed)
     returns, first_episode, filming = [], [], True
-    envs = make_envs(args.env_id, n, seed)
+    envs = make_envs(args.env_id, n, seed, max_num_frames_per_episode=args.eval_max_frames)
     obs, _ = envs.reset()
     # Each lane plays its share of the episodes, so that short ones do not count more often.
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
@@ -558,8 +560,9 @@ def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
 
 def film(args: RunArgs, seed, actions: list):
     """Play an evaluation's first game again in colour and yield its pictures, (210, 160, 3)."""
-    colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-    envs = make_envs(args.env_id, 1, seed, **colour)
+    options = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+    options["max_num_frames_per_episode"] = args.eval_max_frames
+    envs = make_envs(args.env_id, 1, seed, **options)
     yield envs.reset()[0][0, 0]
     for action in actions:
         obs, *_, infos = envs.step(np.array([action]))
@@ -928,7 +931,7 @@ def check_args(args: RunArgs) -> None:
     or_zero += ("max_grad_norm",)
     positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
     positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
-    positive += ("log_frequency", "eval_max_steps")
+    positive += ("log_frequency", "eval_max_steps", "eval_max_frames", "adam_eps")
     for name, value in asdict(args).items():
         if name in fractions:
             must(name, "between 0 and 1", 0 <= value <= 1)

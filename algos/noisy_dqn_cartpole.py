@@ -798,7 +798,7 @@ def check_args(args: RunArgs) -> None:
     or_zero += ("max_grad_norm",)
     positive = ("num_envs", "total_timesteps", "learning_rate", "buffer_size", "batch_size")
     positive += ("target_network_frequency", "learning_starts", "train_frequency", "n_step")
-    positive += ("log_frequency", "eval_max_steps")
+    positive += ("log_frequency", "eval_max_steps", "eval_max_frames", "adam_eps")
     for name, value in asdict(args).items():
         if name in fractions:
             must(name, "between 0 and 1", 0 <= value <= 1)

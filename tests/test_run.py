@@ -50,6 +50,7 @@ SMALL = {
 VECTORS = sorted(
     path.stem for path in ALGOS.glob("*.py") if not path.stem.endswith(("_atari", "_tabular"))
 )
+FRAMES = sorted(path.stem for path in ALGOS.glob("*_atari.py"))  # every file on Atari
 
 
 def small(name):
@@ -132,6 +133,8 @@ def resume_cases():
     yield from ((name, {"num_envs": 3}) for name in VECTORS)
     for buffer in ("numpy", "auto"):
         yield from ((ATARI[0], {"num_envs": n, "buffer": buffer}) for n in (1, 3))
+    quick = {"batch_size": 4, "eval_episodes": 0}
+    yield from ((name, quick) for name in FRAMES if name not in ATARI)
 
 
 @pytest.mark.parametrize(("name", "changes"), [*resume_cases()])
