@@ -490,8 +490,9 @@ class SumTree:
         self.nodes = np.zeros(2 * self.first, np.int64)  # 1: the root; 2k, 2k + 1: children of k
 
     def set(self, rows: np.ndarray, priorities: np.ndarray) -> None:
-        """Set p_i > 0 of rows, (n,). Among duplicates the last one wins."""
-        self.nodes[self.first + rows] = np.rint(priorities**self.alpha * 2**20).clip(1, 2**32 - 1)
+        """Set p_i of rows, (n,); 0 is never drawn. Among duplicates the last one wins."""
+        leaves = np.rint(priorities**self.alpha * 2**20).clip(1, 2**32 - 1)
+        self.nodes[self.first + rows] = np.where(priorities > 0, leaves, 0)
         self.add_up(rows)
 
     def add_up(self, rows: np.ndarray) -> None:

@@ -11,16 +11,21 @@ import oracle
 import pytest
 import torch
 from conftest import load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 from test_c51 import outside, projection, softmax
 from test_munchausen import targets as munchausen_targets
 from test_quantiles import Spy, embedding, loss_of_a_row
-from test_run import refused
+from test_replay import EVENTS, World
+from test_run import main_in_process, refused, small
 from test_td_loss import in_float64, random_batch
 
 BATCH, N_ACTIONS = 8, 4  # of random_batch
 OPTIONS = {
     "nstep_dqn_atari": {},
     "dueling_ddqn_atari": {},
+    "per_ddqn_atari": {},
     "noisy_dqn_atari": {},
     "c51_atari": {"v_min": -3.0, "v_max": 4.0, "n_atoms": 11},
     "qrdqn_atari": {"n_quantiles": 5},
@@ -111,6 +116,10 @@ class Case:
                 head.weight.mul_(8)  # values that differ between actions
         self.arrays, batch = random_batch(self.script, np.random.default_rng(1), atari=True)
         batch = in_float64(batch)
+        self.weights = np.ones(BATCH)
+        if name == "per_ddqn_atari":
+            self.weights = np.random.default_rng(3).uniform(0.1, 1, BATCH)
+            batch = batch._replace(is_weights=torch.from_numpy(self.weights))
         draws, randn_like = [], torch.randn_like
 
         def recorded(x):
@@ -128,7 +137,8 @@ class Case:
 
     def losses(self, w):
         """-> the loss of each row at the online weights w, the priority of each, Q(s, a)"""
-        return getattr(self, self.name)(w, weights_of(self.target_network))
+        losses, priorities, taken = getattr(self, self.name)(w, weights_of(self.target_network))
+        return self.weights * losses, priorities, taken
 
     def scalar_losses(self, y, q):
         """Of targets (B,) and values (B, A)."""
@@ -149,6 +159,11 @@ class Case:
         chosen = dueling_values(weights_of(self.q_network), self.arrays["next_obs"]).argmax(axis=1)
         values = dueling_values(target, self.arrays["next_obs"])[np.arange(BATCH), chosen]
         return self.scalar_losses(self.bootstrapped(values), dueling_values(w, self.arrays["obs"]))
+
+    def per_ddqn_atari(self, w, target):
+        chosen = outputs_of(weights_of(self.q_network), self.arrays["next_obs"]).argmax(axis=1)
+        values = outputs_of(target, self.arrays["next_obs"])[np.arange(BATCH), chosen]
+        return self.scalar_losses(self.bootstrapped(values), outputs_of(w, self.arrays["obs"]))
 
     def noisy_dqn_atari(self, w, target):
         at_next = noisy_values(target, self.arrays["next_obs"], self.draws[:4])
@@ -250,6 +265,123 @@ def test_the_batch_distinguishes_dueling_dqn_from_double_dqn(monkeypatch, float6
     assert (values.argmax(axis=1) != chosen).any()
 
 
+def prioritized(rows, num_envs=1, n_step=1, alpha=0.5, beta=0.4):
+    script = load("per_ddqn_atari")
+    replay = script.FrameReplay(rows * num_envs, (4,), num_envs, n_step=n_step)
+    tree = script.SumTree(rows * num_envs, alpha)
+    return script.PrioritizedFrameReplay(replay, tree, beta)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), num_envs=st.integers(1, 3), n_step=st.integers(1, 3))
+def test_priorities_of_the_numpy_replay_equal_the_oracles(data, num_envs, n_step):
+    """Lost lives, ends of games, wrap-around: the leaf of every row after every step."""
+    rows, alpha = (
+        data.draw(st.integers(n_step + 8, 20)),
+        data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+    )
+    replay = prioritized(rows, num_envs, n_step, alpha)
+    reference = oracle.OracleReplay(rows * num_envs, num_envs, n_step=n_step)
+    priorities = oracle.OraclePriorities(reference, alpha)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    world, leaves = World(replay, reference, rng), []
+    for _ in range(data.draw(st.integers(1, 60))):
+        world.step([data.draw(st.sampled_from(EVENTS)) for _ in range(num_envs)])
+        priorities.after_add()
+        leaves = replay.tree.nodes[replay.tree.first :][: rows * num_envs].tolist()
+        assert leaves == priorities.flat()
+        assert replay.tree.total() == sum(leaves)
+        if not sum(leaves):
+            with pytest.raises(ValueError, match="no whole transition"):
+                replay.sample(4)
+            continue
+        batch = replay.sample(4)
+        p = np.array(leaves)[batch.indices.numpy()] / sum(leaves)
+        size = len(reference.transitions())
+        w = (size * p) ** -replay.per_beta
+        np.testing.assert_allclose(batch.is_weights.numpy(), w / w.max(), rtol=1e-6)
+        for i, index in enumerate(batch.indices.tolist()):
+            obs, action, reward, next_obs, discount = reference.transitions()[index]
+            np.testing.assert_array_equal(batch.obs[i].numpy(), obs)
+            np.testing.assert_array_equal(batch.next_obs[i].numpy(), next_obs)
+            assert batch.actions[i] == action
+            assert float(batch.rewards[i]) == pytest.approx(reward, abs=1e-6)
+            assert float(batch.discounts[i]) == pytest.approx(discount, rel=1e-6)
+        priorities.draw(batch.indices)
+        td_errors = torch.from_numpy(rng.normal(size=4) * 3)
+        replay.update_priorities(batch.indices, td_errors)
+        priorities.update(batch.indices, td_errors)
+    state = replay.state_dict()
+    again = prioritized(rows, num_envs, n_step, alpha)
+    again.load_state_dict(state)
+    assert again.tree.nodes.tolist() == replay.tree.nodes.tolist()
+    assert again.max_priority == replay.max_priority and len(again) == len(replay)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "cpp"])
+def test_rows_are_drawn_in_proportion_to_their_priority(kind):
+    """Chi-square, after lives were lost and the ring has wrapped around."""
+    rows, alpha, draws = 24, 0.6, 40_000
+    if kind == "numpy":
+        replay = prioritized(rows, 2, n_step=2, alpha=alpha)
+    else:
+        fastreplay = pytest.importorskip("fastreplay")
+        options = {"n_step": 2, "prioritized": True, "per_alpha": alpha, "stratified": False}
+        replay = fastreplay.FrameReplay(rows * 2, (4,), 2, **options)
+    reference, rng = oracle.OracleReplay(rows * 2, 2, n_step=2), np.random.default_rng(0)
+    world = World(replay, reference, rng)
+    for step in range(60):
+        world.step(
+            [["step", "step", "life lost", "terminated"][(step + game) % 4] for game in (0, 1)]
+        )
+    indices = np.array(sorted(reference.transitions()))
+    errors = rng.uniform(0.1, 5, len(indices))
+    everywhere = replay.sample(4_000).indices  # fastreplay wants rows to have been drawn before
+    assert set(everywhere.tolist()) == set(indices.tolist())
+    replay.update_priorities(torch.from_numpy(indices), torch.from_numpy(errors))
+    found = np.concatenate([replay.sample(10).indices.numpy() for _ in range(draws // 10)])
+    expected = (errors + 1e-6) ** alpha
+    counts = np.array([(found == index).sum() for index in indices])
+    assert counts.sum() == draws, "a row was drawn that starts no whole transition"
+    if kind == "numpy":  # stratified draws vary less than independent ones
+        assert abs(counts / draws - expected / expected.sum()).max() < 0.01
+    assert stats.chisquare(counts, draws * expected / expected.sum()).pvalue > 1e-4
+
+
+def test_a_run_updates_the_priorities_of_its_batches(in_tmp, monkeypatch):
+    """With |delta| of td_loss, in both replays; beta rises to 1."""
+    script = load("per_ddqn_atari")
+    options = small("per_ddqn_atari") | {"batch_size": 4, "eval_episodes": 0}
+    for buffer in ("numpy", "auto"):
+        updates, betas, td_loss, make = [], [], script.td_loss, script.make_replay
+
+        def make_replay(*args, make=make, updates=updates, betas=betas, **kwargs):
+            replay = make(*args, **kwargs)
+            update = replay.update_priorities
+
+            def recorded(indices, td_error):
+                updates.append((indices.tolist(), td_error.tolist()))
+                betas.append(replay.per_beta)
+                return update(indices, td_error)
+
+            monkeypatch.setattr(replay, "update_priorities", recorded)
+            return replay
+
+        errors = []
+
+        def recorded_loss(q_network, target_network, batch, args, td_loss=td_loss, errors=errors):
+            result = td_loss(q_network, target_network, batch, args)
+            errors.append((batch.indices.tolist(), result[1].tolist()))
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "make_replay", make_replay)
+            patch.setattr(script, "td_loss", recorded_loss)
+            main_in_process(script, options | {"buffer": buffer}, patch)
+        assert updates == errors and len(errors) > 10
+        assert betas == sorted(betas) and 0.4 < betas[0] < betas[-1] < 1
+
+
 def test_all_rows_share_a_draw_of_noise_and_evaluation_has_none():
     torch.manual_seed(0)
     script = load("noisy_dqn_atari")
@@ -268,6 +400,7 @@ def test_papers_settings():
     for name, expected in {
         "nstep_dqn_atari": {"n_step": 3},
         "dueling_ddqn_atari": {"max_grad_norm": 10.0},
+        "per_ddqn_atari": {"learning_rate": 1e-4 / 4, "per_alpha": 0.6, "per_beta": 0.4},
         "c51_atari": {"learning_rate": 2.5e-4, "adam_eps": 0.01 / 32, "n_atoms": 51, "v_max": 10},
         "qrdqn_atari": {"learning_rate": 5e-5, "adam_eps": 0.01 / 32, "n_quantiles": 200},
         "iqn_atari": {"learning_rate": 5e-5, "adam_eps": 0.01 / 32, "n_act_taus": 32},
@@ -282,6 +415,7 @@ def test_papers_settings():
     [
         ("c51_atari", {"v_max": -10}, ["--v-max", "above --v-min"]),
         ("c51_atari", {"n_atoms": 1}, ["--n-atoms", "2 or more"]),
+        ("per_ddqn_atari", {"per_alpha": 2}, ["--per-alpha", "between 0 and 1"]),
         ("qrdqn_atari", {"n_quantiles": 0}, ["--n-quantiles", "positive"]),
         ("iqn_atari", {"n_taus": 0}, ["--n-taus", "positive"]),
         ("munchausen_dqn_atari", {"entropy_tau": 0}, ["--entropy-tau", "positive"]),

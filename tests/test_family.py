@@ -57,6 +57,10 @@ OF_PER = {
     *("Args", "Batch", "PrioritizedReplay", "td_loss", "main", "RunArgs", "FIXED_WITH_REPLAY"),
     *("try: import fastreplay", "SumTree", "make_sum_tree", "Run.load", "Run.save"),
 }
+OF_PER_ATARI = {
+    *("Args", "PrioritizedFrameReplay", "td_loss", "main", "FIXED_WITH_REPLAY"),
+    *("SumTree", "make_replay"),
+}
 OF_NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
 OF_C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
 OF_C51_ATARI = {"Args", "QNetwork", "td_loss", "main"}
@@ -116,6 +120,9 @@ FAMILY = {
     "ddqn_atari": Member("dqn_atari", {"td_loss"}, 10, ATARI),
     "nstep_dqn_atari": Member("dqn_atari", {"Args"}, 2, ATARI),
     "dueling_ddqn_atari": Member("ddqn_atari", {"Args", "QNetwork"}, 20, ATARI),
+    "per_ddqn_atari": Member(
+        "ddqn_atari", OF_PER_ATARI, 134, 1145, 222, {"SumTree": "per_dqn_cartpole"}
+    ),
     "noisy_dqn_atari": Member(
         "dqn_atari",
         {"Args", "NoisyLinear", "QNetwork", "main"},

@@ -135,6 +135,7 @@ def resume_cases():
         yield from ((ATARI[0], {"num_envs": n, "buffer": buffer}) for n in (1, 3))
     quick = {"batch_size": 4, "eval_episodes": 0}
     yield from ((name, quick) for name in FRAMES if name not in ATARI)
+    yield "per_ddqn_atari", quick | {"buffer": "numpy"}
 
 
 @pytest.mark.parametrize(("name", "changes"), [*resume_cases()])
