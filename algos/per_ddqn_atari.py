@@ -183,7 +183,7 @@ def main(args: Args) -> None:
     q_network = QNetwork(envs.n_actions).to(run.device)
     target_network = copy.deepcopy(q_network)
     optimizer = make_optimizer(q_network, args)
-    replay = make_replay(args, run.device, n_step=args.n_step)  # stores each frame once
+    replay = make_replay(args, run.device, prioritized=True, n_step=args.n_step)
     learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     run.start(learner, replay, envs)  # what a checkpoint holds; --resume loads it here
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
@@ -471,14 +471,14 @@ class SumTree:
         self.add_up(np.arange(self.capacity))
 
 
-def make_replay(args: RunArgs, device: torch.device, **options):
+def make_replay(args: RunArgs, device: torch.device, prioritized: bool, **options):
     """The class above, or fastreplay's, which does the same faster. Batches come to `device`."""
     options |= {"gamma": args.gamma, "seed": args.seed}
     if args.buffer == "numpy":
         replay = FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options, device=device)
         tree = SumTree(args.buffer_size, args.per_alpha)
-        return PrioritizedFrameReplay(replay, tree, args.per_beta)
-    options |= {"prioritized": True, "per_alpha": args.per_alpha, "per_beta": args.per_beta}
+        return PrioritizedFrameReplay(replay, tree, args.per_beta) if prioritized else replay
+    options |= {"per_alpha": args.per_alpha, "per_beta": args.per_beta, "prioritized": prioritized}
     # Stacks come scaled, in the layout that the convolutions want.
     options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
     options["device"] = device if args.buffer == "cuda" else "cpu"

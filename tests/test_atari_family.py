@@ -31,6 +31,19 @@ OPTIONS = {
     "qrdqn_atari": {"n_quantiles": 5},
     "iqn_atari": {"n_taus": 3, "n_target_taus": 5, "n_act_taus": 6, "n_cosines": 7},
     "munchausen_dqn_atari": {"entropy_tau": 0.3, "munchausen_alpha": 0.7},
+    "rainbow_atari": {"v_min": -3.0, "v_max": 4.0, "n_atoms": 11},
+}
+WITH_ARGS = {"noisy_dqn_atari", "c51_atari", "qrdqn_atari", "iqn_atari", "rainbow_atari"}
+OFF = {"double": False, "dueling": False, "prioritized": False, "n_step": 1, "noisy": False}
+OFF |= {"distributional": False}
+PARTS = {
+    "dqn_atari": {},
+    "ddqn_atari": {"double": True},
+    "dueling_ddqn_atari": {"double": True, "dueling": True},
+    "per_ddqn_atari": {"double": True, "prioritized": True},
+    "nstep_dqn_atari": {"n_step": 3},
+    "noisy_dqn_atari": {"noisy": True},
+    "c51_atari": {"distributional": True},
 }
 
 
@@ -71,15 +84,30 @@ def dueling_values(w, obs):
     )
 
 
+def noisy(w, name, x, e_in, e_out):
+    """A NoisyLinear layer with these draws e of its inputs and outputs."""
+    f_in, f_out = (np.sign(e) * np.sqrt(np.abs(e)) for e in (e_in, e_out))
+    weight = w[f"{name}.weight"] + w[f"{name}.sigma_weight"] * np.outer(f_out, f_in)
+    return x @ weight.T + w[f"{name}.bias"] + w[f"{name}.sigma_bias"] * f_out
+
+
 def noisy_values(w, obs, draws):
     """`draws`: e of the inputs and outputs of both layers, in order."""
-    x = features_of(w, obs)
-    for name, (e_in, e_out) in zip(("hidden.0", "head"), (draws[:2], draws[2:])):
-        f_in, f_out = (np.sign(e) * np.sqrt(np.abs(e)) for e in (e_in, e_out))
-        weight = w[f"{name}.weight"] + w[f"{name}.sigma_weight"] * np.outer(f_out, f_in)
-        x = x @ weight.T + w[f"{name}.bias"] + w[f"{name}.sigma_bias"] * f_out
-        x = relu(x) if name == "hidden.0" else x
-    return x
+    hidden = relu(noisy(w, "hidden.0", features_of(w, obs), *draws[:2]))
+    return noisy(w, "head", hidden, *draws[2:])
+
+
+def rainbow_pmf(w, obs, draws, n):
+    """(B, A, N) probabilities; `draws`: of the hidden layer, of the values, of the advantages."""
+    hidden = relu(noisy(w, "hidden.0", features_of(w, obs), *draws[:2]))
+    value = noisy(w, "value", hidden[:, :512], *draws[2:4])  # (B, N)
+    advantage = noisy(w, "advantage", hidden[:, 512:], *draws[4:]).reshape(len(obs), -1, n)
+    logits = np.zeros_like(advantage)
+    for b in range(len(obs)):
+        for a in range(N_ACTIONS):
+            for i in range(n):
+                logits[b, a, i] = value[b, i] + advantage[b, a, i] - np.mean(advantage[b, :, i])
+    return np.array([[softmax(x) for x in row] for row in logits])
 
 
 def iqn_quantiles(w, obs, taus):
@@ -102,11 +130,7 @@ class Case:
         torch.manual_seed(0)
         self.script = load(name)
         self.args = self.script.Args(**OPTIONS[name] | options)
-        more = (
-            (self.args,)
-            if name in ("noisy_dqn_atari", "c51_atari", "qrdqn_atari", "iqn_atari")
-            else ()
-        )
+        more = (self.args,) if name in WITH_ARGS else ()
         self.q_network, self.target_network = (
             self.script.QNetwork(N_ACTIONS, *more).double() for _ in range(2)
         )
@@ -117,7 +141,7 @@ class Case:
         self.arrays, batch = random_batch(self.script, np.random.default_rng(1), atari=True)
         batch = in_float64(batch)
         self.weights = np.ones(BATCH)
-        if name == "per_ddqn_atari":
+        if name in ("per_ddqn_atari", "rainbow_atari"):
             self.weights = np.random.default_rng(3).uniform(0.1, 1, BATCH)
             batch = batch._replace(is_weights=torch.from_numpy(self.weights))
         draws, randn_like = [], torch.randn_like
@@ -176,21 +200,29 @@ class Case:
         return self.scalar_losses(y, outputs_of(w, self.arrays["obs"]))
 
     def c51_atari(self, w, target):
-        support = (self.args.v_min, self.args.v_max, self.args.n_atoms)
-        z, losses, priorities, taken = np.linspace(*support), [], [], []
         shape = (BATCH, N_ACTIONS, -1)
         pmf, next_pmf = (
-            np.array(
-                [
-                    [softmax(x) for x in row]
-                    for row in outputs_of(u, self.arrays[key]).reshape(shape)
-                ]
-            )
-            for u, key in ((w, "obs"), (target, "next_obs"))
+            np.array([[softmax(x) for x in row] for row in outputs_of(u, obs).reshape(shape)])
+            for u, obs in ((w, self.arrays["obs"]), (target, self.arrays["next_obs"]))
         )
-        shares = []
+        return self.of_distributions(pmf, next_pmf, next_pmf)
+
+    def rainbow_atari(self, w, target):
+        """The draws: of theta^- at s', of theta at s', which chooses a*, of theta at s."""
+        n, online = self.args.n_atoms, weights_of(self.q_network)
+        next_pmf = rainbow_pmf(target, self.arrays["next_obs"], self.draws[:6], n)
+        chooses = rainbow_pmf(online, self.arrays["next_obs"], self.draws[6:12], n)
+        z = np.linspace(self.args.v_min, self.args.v_max, n)
+        assert ((next_pmf @ z).argmax(axis=1) != (chooses @ z).argmax(axis=1)).any()
+        pmf = rainbow_pmf(w, self.arrays["obs"], self.draws[12:], n)
+        return self.of_distributions(pmf, next_pmf, chooses)
+
+    def of_distributions(self, pmf, next_pmf, chooses):
+        """Probabilities at s, at s', and those whose mean chooses a*."""
+        support = (self.args.v_min, self.args.v_max, self.args.n_atoms)
+        z, losses, priorities, taken, shares = np.linspace(*support), [], [], [], []
         for i, a in enumerate(self.arrays["actions"]):
-            best = int(np.argmax([sum(z * p) for p in next_pmf[i]]))
+            best = int(np.argmax([sum(z * p) for p in chooses[i]]))
             case = next_pmf[i, best], self.arrays["rewards"][i], self.arrays["discounts"][i]
             m, p = projection(*case, *support), pmf[i, a]
             losses.append(-sum(m_j * math.log(p_j) for m_j, p_j in zip(m, p)))
@@ -252,10 +284,43 @@ def test_loss_and_gradient_equal_the_oracle(name, monkeypatch, float64):
             losses, *_ = case.losses({n: x + s * direction[n] / length for n, x in weights.items()})
             ends.append(losses.mean())
         slope = (ends[0] - ends[1]) / (2 * step)
-        if name.startswith("dueling") and of_features:
+        if name in ("dueling_ddqn_atari", "rainbow_atari") and of_features:
             slope /= math.sqrt(2)  # Wang et al. scale the gradient into the convolutions
         found = sum((gradient[n] * direction[n]).sum() for n in gradient) / length
         assert found == pytest.approx(slope, rel=1e-4, abs=1e-9) and abs(slope) > 1e-6
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_rainbow_with_one_part_on_has_the_update_of_that_file(name):
+    """Same weights, same batch, same noise: same loss, priorities, gradients."""
+    results = []
+    for file in ("rainbow_atari", name):
+        script = load(file)
+        known = {k: v for k, v in (OFF | PARTS[name]).items() if hasattr(script.Args, k)}
+        args = script.Args(**known)
+        if hasattr(args, "v_min"):
+            args.v_min, args.v_max, args.n_atoms = -4.0, 4.0, 7
+        networks = []
+        for seed in (3, 4):
+            torch.manual_seed(seed)
+            more = (args,) if file in WITH_ARGS else ()
+            networks.append(script.QNetwork(N_ACTIONS, *more))
+        _, batch = random_batch(script, np.random.default_rng(0), atari=True)
+        floats = {k: x.float() for k, x in batch._asdict().items() if x.dtype == torch.float64}
+        batch = batch._replace(**floats, is_weights=torch.linspace(0.1, 1, BATCH))
+        if name != "per_ddqn_atari":
+            batch = batch._replace(is_weights=torch.ones(BATCH))
+        torch.manual_seed(5)
+        loss, priorities, taken, *_ = script.td_loss(*networks, batch, args)
+        loss.backward()
+        gradients = [p.grad for p in networks[0].parameters()]
+        results.append((loss.detach(), priorities, taken, gradients))
+    (loss, priorities, taken, gradients), others = results[0], results[1]
+    for mine, other in zip((loss, priorities, taken), others):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    assert len(gradients) == len(others[3])
+    for mine, other in zip(gradients, others[3]):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
 
 
 def test_the_batch_distinguishes_dueling_dqn_from_double_dqn(monkeypatch, float64):
@@ -405,6 +470,12 @@ def test_papers_settings():
         "qrdqn_atari": {"learning_rate": 5e-5, "adam_eps": 0.01 / 32, "n_quantiles": 200},
         "iqn_atari": {"learning_rate": 5e-5, "adam_eps": 0.01 / 32, "n_act_taus": 32},
         "munchausen_dqn_atari": {"learning_rate": 5e-5, "munchausen_alpha": 0.9, "l0": -1},
+        "rainbow_atari": {
+            "learning_rate": 6.25e-5,
+            "adam_eps": 1.5e-4,
+            "n_step": 3,
+            "sigma_0": 0.5,
+        },
     }.items():
         args = load(name).RunArgs()
         assert {key: getattr(args, key) for key in expected} == expected
@@ -414,6 +485,7 @@ def test_papers_settings():
     ("name", "options", "words"),
     [
         ("c51_atari", {"v_max": -10}, ["--v-max", "above --v-min"]),
+        ("rainbow_atari", {"v_max": -10}, ["--v-max", "above --v-min"]),
         ("c51_atari", {"n_atoms": 1}, ["--n-atoms", "2 or more"]),
         ("per_ddqn_atari", {"per_alpha": 2}, ["--per-alpha", "between 0 and 1"]),
         ("qrdqn_atari", {"n_quantiles": 0}, ["--n-quantiles", "positive"]),

@@ -61,6 +61,14 @@ OF_PER_ATARI = {
     *("Args", "PrioritizedFrameReplay", "td_loss", "main", "FIXED_WITH_REPLAY"),
     *("SumTree", "make_replay"),
 }
+TAKEN_BY_RAINBOW_ATARI = {
+    **dict.fromkeys(("PrioritizedFrameReplay", "SumTree", "make_replay"), "per_ddqn_atari"),
+    "NoisyLinear": "noisy_dqn_cartpole",
+}
+OF_RAINBOW_ATARI = {
+    *("import functools", "Args", "QNetwork", "td_loss", "projected", "main"),
+    *("FIXED_WITH_REPLAY", *TAKEN_BY_RAINBOW_ATARI),
+}
 OF_NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
 OF_C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
 OF_C51_ATARI = {"Args", "QNetwork", "td_loss", "main"}
@@ -121,8 +129,9 @@ FAMILY = {
     "nstep_dqn_atari": Member("dqn_atari", {"Args"}, 2, ATARI),
     "dueling_ddqn_atari": Member("ddqn_atari", {"Args", "QNetwork"}, 20, ATARI),
     "per_ddqn_atari": Member(
-        "ddqn_atari", OF_PER_ATARI, 134, 1145, 222, {"SumTree": "per_dqn_cartpole"}
+        "ddqn_atari", OF_PER_ATARI, 138, 1145, 222, {"SumTree": "per_dqn_cartpole"}
     ),
+    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 274, 1240, 245, TAKEN_BY_RAINBOW_ATARI),
     "noisy_dqn_atari": Member(
         "dqn_atari",
         {"Args", "NoisyLinear", "QNetwork", "main"},
