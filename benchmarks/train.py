@@ -356,6 +356,7 @@ def draw(runs, goal):
             axes[i].plot(curves[first][0], interquartile_mean(curves[first][1]), color=PEER)
             axes[i].set_title(re.sub("_(cartpole|atari)$", "", script), fontsize=9)
             draw_curve(axes[i], *curve, OWN, seeds=False)
+            axes[i].xaxis.set_major_locator(plt.MaxNLocator(3))
         else:
             draw_curve(axes[0], *curve, COLOURS[i], seeds=n == 1)
     for ax in axes[n:] if panels else ():

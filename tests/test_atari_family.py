@@ -330,6 +330,133 @@ def test_the_batch_distinguishes_dueling_dqn_from_double_dqn(monkeypatch, float6
     assert (values.argmax(axis=1) != chosen).any()
 
 
+def channel_norm(w, name, x):
+    """Over the last axis, for each picture and pixel."""
+    out = np.empty_like(x)
+    for i in np.ndindex(x.shape[:-1]):
+        out[i] = (x[i] - x[i].mean()) / math.sqrt(((x[i] - x[i].mean()) ** 2).mean() + 1e-5)
+    return out * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def pqn_values(w, obs):
+    x = obs.astype(np.float64) / 255
+    for i, stride in ((0, 4), (3, 2), (6, 1)):
+        x = oracle.conv2d(x, w[f"features.{i}.weight"], w[f"features.{i}.bias"], stride)
+        x = relu(channel_norm(w, f"features.{i + 1}", x.transpose(0, 2, 3, 1)))
+        x = x.transpose(0, 3, 1, 2)
+    x = dense(w, "features.10", x.transpose(0, 2, 3, 1).reshape(len(x), -1))
+    return dense(w, "head", relu(channel_norm(w, "features.11", x)))
+
+
+def test_pqns_network_and_loss_equal_the_oracle(float64):
+    torch.manual_seed(0)
+    script, rng = load("pqn_atari"), np.random.default_rng(1)
+    network = script.QNetwork(N_ACTIONS)
+    with torch.no_grad():  # weights that show where the norms stand: theirs are not 1 and 0
+        for p in network.parameters():
+            p.add_(torch.randn(p.shape) * 0.1)
+    obs = rng.integers(256, size=(BATCH, 4, 84, 84), dtype=np.uint8)
+    actions, returns = rng.integers(N_ACTIONS, size=BATCH), rng.normal(size=BATCH)
+    w, tensors = weights_of(network), (torch.from_numpy(obs) / 255, torch.from_numpy(actions))
+    q = pqn_values(w, obs)
+    np.testing.assert_allclose(network(tensors[0]).detach().numpy(), q, rtol=1e-9)
+    batch = script.Batch(*tensors, torch.from_numpy(returns))
+    loss, td_error, q_taken = script.td_loss(network, batch, script.Args())
+    taken = q[np.arange(BATCH), actions]
+    np.testing.assert_allclose(td_error.numpy(), returns - taken, rtol=1e-9)
+    np.testing.assert_allclose(q_taken.numpy(), taken, rtol=1e-9)
+    assert loss.item() == pytest.approx(sum((returns - taken) ** 2) / 2 / BATCH, rel=1e-9)
+    loss.backward()
+    direction = {n: rng.normal(size=x.shape) for n, x in w.items()}
+    length, step, ends = math.sqrt(sum((x**2).sum() for x in direction.values())), 1e-6, []
+    for s in (step, -step):
+        moved = pqn_values({n: x + s * direction[n] / length for n, x in w.items()}, obs)
+        ends.append(((returns - moved[np.arange(BATCH), actions]) ** 2).mean() / 2)
+    found = sum((p.grad.numpy() * direction[n]).sum() for n, p in network.named_parameters())
+    assert found / length == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), num_envs=st.integers(1, 3), num_steps=st.integers(1, 12))
+def test_lambda_returns_of_whole_and_cut_games(data, num_envs, num_steps):
+    """Game by game: a lost life ends the return, a cut bootstraps, a reset is no transition."""
+    script, gamma, lam = load("pqn_atari"), 0.9, 0.6
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    rollout = script.Rollout(num_steps, num_envs, torch.device("cpu"))
+    frames = rng.integers(256, size=(num_steps + 1, num_envs), dtype=np.uint8)
+    events, over = [], [False] * num_envs
+    for t in range(num_steps):
+        row = []
+        for game in range(num_envs):
+            kinds = ["reset"] if over[game] else ["step", "step", "life lost", "over", "cut"]
+            row.append(data.draw(st.sampled_from(kinds)))
+            over[game] = row[-1] in ("over", "cut")
+        events.append(row)
+        kind = np.array(row)
+        rewards = np.where(kind == "reset", 0, rng.integers(-1, 2, num_envs)).astype(np.float32)
+        pictures = [np.broadcast_to(x[:, None, None, None], (num_envs, 4, 84, 84)) for x in frames]
+        discounts = gamma * ~np.isin(kind, ["life lost", "over"])
+        step = (pictures[t], rng.integers(N_ACTIONS, size=num_envs), rewards, pictures[t + 1])
+        rollout.add(*step, discounts, kind == "cut", kind != "reset")
+    rewards = rollout.rewards.copy()
+
+    class Network(torch.nn.Module):
+        """max_a Q(s, a) = the grey of the first pixel / 10"""
+
+        def forward(self, obs):
+            return obs[:, 0, 0, :2].float() / 10
+
+    args = script.Args(gamma=gamma, q_lambda=lam)
+    batch, expected = rollout.take(Network(), args), []
+    values = frames[1:] / 10
+    for t in range(num_steps):
+        for game in range(num_envs):
+            if events[t][game] == "reset":
+                continue
+            total, weight, u = 0.0, 1.0, t
+            while True:  # sum of rewards and (1 - lambda) values until the game ends here
+                total += weight * rewards[u, game]
+                kind = events[u][game]
+                if kind in ("life lost", "over"):
+                    break
+                if kind == "cut" or u == num_steps - 1:
+                    total += weight * gamma * values[u, game]
+                    break
+                total += weight * gamma * (1 - lam) * values[u, game]
+                weight, u = weight * gamma * lam, u + 1
+            expected.append((frames[t, game], total))
+    assert batch.obs[:, 0, 0, 0].tolist() == [grey for grey, _ in expected]
+    np.testing.assert_allclose(
+        batch.returns, [total for _, total in expected], rtol=1e-4, atol=1e-4
+    )
+    assert rollout.size == 0 and len(batch.actions) == len(expected)
+
+
+def test_a_run_of_pqn_learns_from_what_the_games_did(in_tmp, monkeypatch):
+    """The rows of a real game: the next frames are the next row's, rewards are clipped."""
+    script, taken = load("pqn_atari"), []
+    take = script.Rollout.take
+
+    def recorded(self, q_network, args):
+        copies = {name: getattr(self, name).copy() for name in self.NAMES}
+        taken.append((copies, take(self, q_network, args)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(script.Rollout, "take", recorded)
+    options = small("pqn_atari") | {"total_timesteps": 2000, "end_e": 1.0, "eval_episodes": 0}
+    main_in_process(script, options | {"num_steps": 100, "num_minibatches": 2}, monkeypatch)
+    assert len(taken) == 10  # 2,000 steps of 2 games
+    resets = 0
+    for rollout, batch in taken:
+        same = rollout["obs"][1:, :, :3] == rollout["obs"][:-1, :, 1:]  # stacks move by one frame
+        moved = same.all(axis=(2, 3, 4))
+        assert moved[rollout["steps"]].all() and not moved[~rollout["steps"]].any()
+        resets += (~rollout["steps"]).sum()
+        assert len(batch.actions) == rollout["steps"].sum()
+        assert set(np.unique(rollout["rewards"])) <= {-1, 0, 1}
+    assert resets > 0
+
+
 def prioritized(rows, num_envs=1, n_step=1, alpha=0.5, beta=0.4):
     script = load("per_ddqn_atari")
     replay = script.FrameReplay(rows * num_envs, (4,), num_envs, n_step=n_step)
@@ -485,6 +612,8 @@ def test_papers_settings():
     ("name", "options", "words"),
     [
         ("c51_atari", {"v_max": -10}, ["--v-max", "above --v-min"]),
+        ("pqn_atari", {"q_lambda": 1.1}, ["--q-lambda", "between 0 and 1"]),
+        ("pqn_atari", {"num_steps": 10**7}, ["--num-steps", "fit into memory"]),
         ("rainbow_atari", {"v_max": -10}, ["--v-max", "above --v-min"]),
         ("c51_atari", {"n_atoms": 1}, ["--n-atoms", "2 or more"]),
         ("per_ddqn_atari", {"per_alpha": 2}, ["--per-alpha", "between 0 and 1"]),

@@ -69,6 +69,12 @@ OF_RAINBOW_ATARI = {
     *("import functools", "Args", "QNetwork", "td_loss", "projected", "main"),
     *("FIXED_WITH_REPLAY", *TAKEN_BY_RAINBOW_ATARI),
 }
+OF_REPLAY_ATARI = ("BYTES_PER_ROW", "FrameReplay", "make_replay", "cuda_problem")
+OF_PQN_ATARI = {
+    *("Args", "Batch", "Rollout", "ChannelNorm", "QNetwork", "lambda_returns", "td_loss", "main"),
+    *("RunArgs", "FIXED_WITH_REPLAY", "make_optimizer", "check_replay_args"),
+    *("Run.save", "Run.open_log", "Run.log"),
+}
 OF_NOISY = {"Args", "NoisyLinear", "QNetwork", "main", "ENV_DEFAULTS"}
 OF_C51 = {"Args", "QNetwork", "td_loss", "main", "REWARD_BOUNDS", "return_bounds"}
 OF_C51_ATARI = {"Args", "QNetwork", "td_loss", "main"}
@@ -132,6 +138,15 @@ FAMILY = {
         "ddqn_atari", OF_PER_ATARI, 138, 1145, 222, {"SumTree": "per_dqn_cartpole"}
     ),
     "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 274, 1240, 245, TAKEN_BY_RAINBOW_ATARI),
+    "pqn_atari": Member(
+        "dqn_atari",
+        OF_PQN_ATARI,
+        600,
+        900,
+        222,
+        dict.fromkeys(("lambda_returns", "td_loss"), "pqn_cartpole"),
+        ("import copy", "try: import fastreplay", *OF_REPLAY_ATARI),
+    ),
     "noisy_dqn_atari": Member(
         "dqn_atari",
         {"Args", "NoisyLinear", "QNetwork", "main"},

@@ -133,9 +133,11 @@ def resume_cases():
     yield from ((name, {"num_envs": 3}) for name in VECTORS)
     for buffer in ("numpy", "auto"):
         yield from ((ATARI[0], {"num_envs": n, "buffer": buffer}) for n in (1, 3))
-    quick = {"batch_size": 4, "eval_episodes": 0}
-    yield from ((name, quick) for name in FRAMES if name not in ATARI)
-    yield "per_ddqn_atari", quick | {"buffer": "numpy"}
+    for name in FRAMES:
+        if name not in ATARI:
+            options = {"batch_size": 4, "eval_episodes": 0}
+            yield name, {k: x for k, x in options.items() if hasattr(load(name).RunArgs, k)}
+    yield "per_ddqn_atari", {"batch_size": 4, "eval_episodes": 0, "buffer": "numpy"}
 
 
 @pytest.mark.parametrize(("name", "changes"), [*resume_cases()])
