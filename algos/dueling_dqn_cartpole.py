@@ -9,9 +9,10 @@ makes V and A unique: otherwise a constant could move from one to the other with
 Parent: dqn_cartpole.py. What changes: QNetwork, and the gradient's norm is clipped to 10.
 
 Deviations from the paper: those of dqn_cartpole.py, and
-1. DQN's update (Double DQN's). The streams share one hidden layer of 120, on MinAtar a convolution
-   and a layer of 128 (the convolutions), and have one of 84 units each (512).
-2. The gradient into these shared layers is scaled by 1/sqrt(2) (into the last convolution).
+1. DQN's update (Double DQN's). The learning rate starts at 5e-4 (6.25e-5).
+2. The streams share one hidden layer of 120, on MinAtar a convolution and a layer of 128 (the
+   convolutions), and have one of 84 units each (512). The gradient into these shared layers is
+   scaled by 1/sqrt(2) (into the last convolution).
 
 Run: python algos/dueling_dqn_cartpole.py
 """
@@ -32,8 +33,9 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 200_000  # environment steps, summed over the environments
-    learning_rate: float = 1e-3  # of the optimizer
+    learning_rate: float = 5e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 10.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
@@ -229,6 +231,7 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
+        "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,
         "batch_size": 32,
@@ -269,9 +272,9 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+        optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
-        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:

@@ -150,7 +150,7 @@ def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
 
 def main(args: Args) -> None:
     run = Run(args)  # progress bar, logs, evaluations, checkpoints
-    envs = make_envs(args.env_id, args.num_envs, args.seed)
+    envs = make_envs(args.env_id, args.num_envs, args.seed, use_fire_reset=args.fire_reset)
     q_network = QNetwork(envs.n_actions, args).to(run.device)
     target_network = copy.deepcopy(q_network)
     optimizer = make_optimizer(q_network, args)
@@ -238,6 +238,7 @@ class RunArgs(Args):
     eval_episodes: int = 10  # whole games per evaluation; 0: no evaluation
     eval_e: float = 0.01  # epsilon while evaluating
     eval_max_frames: int = 108_000  # longest evaluated game; 60 frames are one second of play
+    fire_reset: bool = True  # press FIRE when a game starts, where it has that button
     stop_return: float | None = None  # stop when the mean of the last 100 games reaches this
     checkpoint_frequency: int = 100_000  # agent steps between checkpoints; 0: only the last
     checkpoint_replay: bool = False  # save the replay too: a resumed run is bit-identical on a CPU
@@ -247,7 +248,7 @@ class RunArgs(Args):
 
 NOTEBOOK = "ipykernel" in sys.modules  # %run in a cell: streams and SIGTERM are the kernel's
 VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
-FRAMES_PER_SECOND = 15  # of a film: an agent step is 4 of 60 frames
+FRAMES_PER_SECOND = 60  # of a film: those of the game
 FIXED_WITH_REPLAY = ("buffer", "buffer_size", "gamma", "n_step")  # what a saved replay depends on
 ENV_DEFAULTS = {}  # defaults that depend on --env-id
 BYTES_PER_ROW = 84 * 84 + 14  # of the replay
@@ -531,11 +532,36 @@ class Games(AtariVectorEnv):
         self.replay_actions()
 
 
+class RMSProp(torch.optim.Optimizer):
+    """RMSProp as in the paper (extended data table 1, and the authors' code). For each weight:
+
+        m <- 0.95 m + 0.05 g,    n <- 0.95 n + 0.05 g^2,    w <- w - lr g / sqrt(n - m^2 + 0.01)
+
+    The paper's gradient g is a sum over the batch, and ours a mean. So 0.01 becomes 0.01 / B^2.
+    In torch.optim.RMSprop the epsilon stands outside the root, which makes other steps.
+    """
+
+    def __init__(self, parameters, lr: float, batch_size: int):
+        super().__init__(parameters, {"lr": lr, "eps": 0.01 / batch_size**2})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p] = {"m": torch.zeros_like(p), "n": torch.zeros_like(p)}
+                m, n = self.state[p]["m"], self.state[p]["n"]
+                m.lerp_(p.grad, 0.05)
+                n.lerp_(p.grad**2, 0.05)
+                root = (n - m**2 + group["eps"]).sqrt()
+                p.addcdiv_(p.grad, root, value=-group["lr"])
+
+
 def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     """The --optimizer. Its step first clips the gradient to --max-grad-norm, unless that is 0."""
     parameters, rate = [*q_network.parameters()], args.learning_rate
-    if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
-        optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
+    if args.optimizer == "rmsprop":
+        optimizer = RMSProp(parameters, rate, args.batch_size)
     elif args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
@@ -569,36 +595,75 @@ def make_envs(env_id: str, num_envs: int, seed, **options) -> Games:
 
 
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
-    """Play whole games -> their unclipped returns, and the actions of the first, for a film."""
+    """Play whole games -> their unclipped returns; of the first, all actions and their values."""
     n, rng = min(args.eval_episodes, 10), np.random.default_rng(seed)
-    returns, first_episode, filming = [], [], True
-    envs = make_envs(args.env_id, n, seed, max_num_frames_per_episode=args.eval_max_frames)
+    returns, first_game, filming, q_values = [], [], True, deque(maxlen=1)
+    hook = q_network.register_forward_hook(lambda *call: q_values.append(call[-1][0]))
+    envs = make_envs(args.env_id, n, seed, **evaluation_options(args))
     obs, _ = envs.reset()
     # Each lane plays its share of the episodes, so that short ones do not count more often.
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
     while left.any() and not stop:
         actions = act(q_network, obs, args.eval_e, rng, device)
-        first_episode += [int(actions[0])] if filming else []
+        if filming:  # no values before the first step with an action of the network
+            first_game.append((int(actions[0]), q_values[0].tolist() if q_values else None))
         obs, *_, infos = envs.step(actions)
         for lane, episode_return, _ in infos["episodes"]:
             filming = filming and lane != 0
             if left[lane]:
                 returns.append(episode_return)
                 left[lane] -= 1
-    return np.array(returns), first_episode
+    hook.remove()
+    return np.array(returns), first_game
 
 
-def film(args: RunArgs, seed, actions: list):
-    """Play an evaluation's first game again in colour and yield its pictures, (210, 160, 3)."""
-    options = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-    options["max_num_frames_per_episode"] = args.eval_max_frames
+def evaluation_options(args: RunArgs) -> dict:
+    return {
+        "max_num_frames_per_episode": args.eval_max_frames,
+        "use_fire_reset": args.fire_reset,
+    }
+
+
+def film(args: RunArgs, seed, steps: list):
+    """Play an evaluation's first game again, from its actions and their values.
+
+    Yields its pictures, (420, 480, 3) uint8: every frame in colour and twice its size, or rather
+    the maximum of it and the one before, as some games draw half of their objects in each. On the
+    right are the action values, with the chosen action in another colour.
+    """
+    options = evaluation_options(args) | {"frameskip": 1, "stack_num": 1}
+    options |= {"grayscale": False, "img_height": 210, "img_width": 160}
     envs = make_envs(args.env_id, 1, seed, **options)
-    yield envs.reset()[0][0, 0]
-    for action in actions:
-        obs, *_, infos = envs.step(np.array([action]))
-        if infos["episode_starts"][0]:  # the next game
-            break
-        yield obs[0, 0]
+    names = [action.name for action in envs.ale.get_action_set()]
+    known = [x for _, q_values in steps for x in q_values or ()]
+    scale = min(known, default=0.0), max(known, default=1.0)
+    before = frame = envs.reset()[0][0, 0]
+    for action, q_values in [*steps, (0, None)]:
+        strip = draw_action_values(names, action, q_values, scale)
+        for _ in range(4):  # frames that an action takes
+            picture = np.maximum(before, frame).repeat(2, axis=0).repeat(2, axis=1)
+            yield np.concatenate([picture, strip], axis=1)
+            obs, *_, infos = envs.step(np.array([action]))
+            if infos["episode_starts"][0]:  # the next game
+                return
+            before, frame = frame, obs[0, 0]
+
+
+def draw_action_values(names: list, chosen: int, q_values, scale) -> np.ndarray:
+    """A bar for each action, from the lowest to the highest value of the film. -> (420, 160, 3)"""
+    from PIL import Image, ImageDraw  # comes with moviepy
+
+    image = Image.new("RGB", (160, 420), "black")
+    draw, (lowest, highest) = ImageDraw.Draw(image), scale
+    draw.text((8, 6), "action values", fill="white")
+    for i, name in enumerate(names):
+        y, colour = 26 + 21 * i, "orange" if i == chosen else "lightgray"
+        draw.text((8, y), name.lower(), fill=colour)
+        if q_values:
+            draw.text((152, y), f"{q_values[i]:.2f}", fill=colour, anchor="ra")
+            length = 144 * (q_values[i] - lowest) / max(highest - lowest, 1e-9)
+            draw.rectangle((8, y + 13, 8 + length, y + 16), fill=colour)
+    return np.asarray(image)
 
 
 def prepare_torch(args: RunArgs) -> torch.device:

@@ -9,8 +9,8 @@ Z_tau, the quantile at any tau. Q is the mean of Z_tau over tau, estimated with 
 Parent: qrdqn_cartpole.py. What changes: the arguments for tau, QNetwork, the tau in td_loss.
 
 Deviations from the paper (its value in parentheses): those of qrdqn_cartpole.py, and
-1. N = N' = 8 (64). K is 32, as in the paper: with 8 two of five seeds ended below 241. phi
-   multiplies the last hidden layer (the output of the convolutions, below it). i counts from 0.
+1. N = N' = 8 (64). K is 32, as in the paper. phi multiplies the last hidden layer (the output
+   of the convolutions, below it). i counts from 0.
 2. In evaluation the K tau are midpoints (drawn): the same state always has the same values.
 
 Run: python algos/iqn_cartpole.py
@@ -32,8 +32,9 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 200_000  # environment steps, summed over the environments
-    learning_rate: float = 1e-3  # of the optimizer
+    learning_rate: float = 5e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
@@ -256,7 +257,8 @@ FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
 ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
-        "learning_rate": 2.5e-4,
+        "learning_rate": 1e-4,
+        "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,
         "batch_size": 32,
@@ -297,9 +299,9 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+        optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
-        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:

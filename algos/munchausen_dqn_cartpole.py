@@ -35,6 +35,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 200_000  # environment steps, summed over the environments
     learning_rate: float = 1e-3  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
@@ -243,6 +244,7 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
+        "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,
         "batch_size": 32,
@@ -283,9 +285,9 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+        optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
-        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:

@@ -7,12 +7,13 @@ Epsilon-greedy explores with single random actions, equally often in every state
 are noisy and the actions greedy: one draw of the noise changes them in all states consistently,
 and gradient descent learns how strong the noise is, sigma, for each weight.
 
-Parent: dqn_cartpole.py. What changes: all linear layers are NoisyLinear; no random actions.
+Parent: dqn_cartpole.py. What changes: all linear layers are NoisyLinear; epsilon ends at 0.
 
 Deviations from the paper: those of dqn_cartpole.py, but for epsilon, and
 1. All environments act with the same noise, drawn at every step (one environment).
 2. Evaluation is without noise: with mu alone.
-3. sigma_0 is 0.1 on vectors (0.5), where few inputs make the noise strong.
+3. On vectors sigma_0 is 0.1 (0.5) and epsilon falls from 1 to 0 in the first 4,000 steps (0 from
+   the start): with weak noise and no random action, an untrained network may take one action only.
 
 Run: python algos/noisy_dqn_cartpole.py
 """
@@ -35,6 +36,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 200_000  # environment steps, summed over the environments
     learning_rate: float = 1e-3  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
@@ -44,10 +46,10 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     batch_size: int = 128  # transitions per update
     loss: Literal["mse", "huber"] = "mse"  # squared error, or clipped as in the paper
     sigma_0: float = 0.1  # initial strength of the noise
-    start_e: float = 0.0  # epsilon at the first step: the noise explores, not random actions
-    end_e: float = 0.0  # epsilon once it has decayed
+    start_e: float = 1.0  # epsilon at the first step
+    end_e: float = 0.0  # epsilon once it has decayed: then the noise explores
     exploration: Literal["linear", "exponential"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.2  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.02  # decay time, as a fraction of total_timesteps
     learning_starts: int = 2_000  # transitions stored before the first update
     train_frequency: int = 2  # environment steps per update
 
@@ -249,11 +251,12 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
+        "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,
         "batch_size": 32,
         "loss": "mse",
-        "exploration_fraction": 0.25,
+        "start_e": 0.0,
         "learning_starts": 1_000,
         "train_frequency": 4,
         "sigma_0": 0.5,
@@ -289,9 +292,9 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+        optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
-        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:

@@ -11,8 +11,8 @@ Parent: dqn_cartpole.py. What changes: n_quantiles and kappa, QNetwork, the loss
 
 Deviations from the paper (its value in parentheses):
 1. Environments, network, rewards and steps: as deviation 1 of dqn_cartpole.py. 25 quantiles (200).
-2. Adam at 1e-3, annealed to 0, its epsilon 1e-8 (5e-5, 0.01/32); batch 128 (32), an update every
-   2 steps (4), replay 200,000 (1M), start 2,000 (50,000).
+2. Adam at 5e-4, annealed to 0 (5e-5); batch 128 (32), an update every 2 steps (4), replay
+   200,000 (1M), start 2,000 (50,000).
 3. theta^- lives 500 steps (10,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation (0.001).
 
 Run: python algos/qrdqn_cartpole.py
@@ -34,8 +34,9 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 200_000  # environment steps, summed over the environments
-    learning_rate: float = 1e-3  # of the optimizer
+    learning_rate: float = 5e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
@@ -245,7 +246,8 @@ FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
 ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
-        "learning_rate": 2.5e-4,
+        "learning_rate": 1e-4,
+        "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,
         "batch_size": 32,
@@ -286,9 +288,9 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+        optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
-        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:

@@ -38,6 +38,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 200_000  # environment steps, summed over the environments
     learning_rate: float = 5e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
+    adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 10.0  # gradients are clipped to this norm; 0: they are not
     anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
@@ -61,7 +62,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     n_atoms: int = 51  # N, the number of returns z_i that have a probability
     v_min: float | None = None  # z_0; None: what follows from the environment's rewards and gamma
     v_max: float | None = None  # z_(N-1); None: likewise
-    sigma_0: float = 0.5  # initial strength of the noise
+    sigma_0: float = 0.1  # initial strength of the noise
     per_alpha: float = 0.5  # 0 draws uniformly, 1 in proportion to the priority
     per_beta: float = 0.4  # exponent of the weights at the start; rises linearly to 1
 
@@ -330,7 +331,8 @@ FIXED_WITH_REPLAY = (
 ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
-        "learning_rate": 2.5e-4,
+        "learning_rate": 1e-4,
+        "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,
         "batch_size": 32,
@@ -339,6 +341,7 @@ ENV_DEFAULTS = {
         "exploration_fraction": 0.25,
         "learning_starts": 1_000,
         "train_frequency": 4,
+        "sigma_0": 0.5,
         "eval_frequency": 100_000,
     }
 }
@@ -385,9 +388,9 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     elif args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, amsgrad=True, fused=True)
+        optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
-        optimizer = torch.optim.Adam(parameters, rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:

@@ -227,20 +227,53 @@ def test_evaluation_plays_whole_games_with_its_own_epsilon(atari):
 
 
 def test_a_film_is_the_first_game_of_its_evaluation():
-    """It has one picture per observation of the game, and the same return."""
-    args = m.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=3, eval_e=1.0)
+    """Four pictures for each action; every fourth is an observation of the game, in colour, and
+    the actions are those of the evaluation."""
+    args = m.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=3, eval_e=0.5)
     seed = (1, 7)
-    envs = m.make_envs(args.env_id, 3, seed)
-    _, actions = m.evaluate(noop_network(m), args, torch.device("cpu"), seed)
-    pictures = list(m.film(args, seed, actions))
-    assert m.FRAMES_PER_SECOND == 15 and pictures[0].shape == (210, 160, 3)
-    (obs, _), rng, length, done = envs.reset(), np.random.default_rng(seed), 0, False
-    while not done:
-        envs.send(m.act(noop_network(m), obs, 1.0, rng, torch.device("cpu")))
-        obs, *_, infos = envs.recv()
-        length += 1
-        done = infos["episode_starts"][0]
-    assert len(pictures) == length, "the last picture is the final observation"
+    _, steps = m.evaluate(noop_network(m), args, torch.device("cpu"), seed)
+    pictures = list(m.film(args, seed, steps))
+    assert m.FRAMES_PER_SECOND == 60 and pictures[0].shape == (420, 320 + 160, 3)
+    colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+    envs, seen = m.make_envs(args.env_id, 1, seed, **colour), m.make_envs(args.env_id, 3, seed)
+    (obs, _), rng = seen.reset(), np.random.default_rng(seed)
+    expected = [envs.reset()[0][0, 0]]
+    for action, _ in steps:
+        actions = m.act(noop_network(m), obs, 0.5, rng, torch.device("cpu"))
+        assert action == actions[0]
+        obs, *_, infos = seen.step(actions)
+        picture = envs.step(actions[:1])[0][0, 0]
+        if not infos["episode_starts"][0]:
+            expected.append(picture)
+    assert infos["episode_starts"][0], "the last action is that of the reset"
+    for i, picture in enumerate(expected[:-1]):
+        assert np.array_equal(pictures[4 * i][::2, :320:2], picture), i
+    assert 4 * (len(expected) - 2) < len(pictures) <= 4 * len(expected)
+
+
+def test_a_film_shows_the_action_values():
+    """The bar of each action is as long as its value is high, and the chosen one is orange."""
+    values = [1.0, 3.0, 2.0]
+    strip = m.draw_action_values(["NOOP", "LEFT", "RIGHT"], 2, values, (1.0, 3.0))
+    assert strip.shape == (420, 160, 3) and strip.dtype == np.uint8
+    rows = [26 + 21 * i + 14 for i in range(3)]
+    lengths = [int((strip[row].sum(-1) > 0).sum()) for row in rows]
+    assert lengths == [1, 145, 73]
+    assert strip[rows[2], 8].tolist() == [255, 165, 0] and strip[rows[1], 8].tolist() == [211] * 3
+    blank = m.draw_action_values(["NOOP", "LEFT", "RIGHT"], 2, None, (1.0, 3.0))
+    assert not blank[rows].any(), "no values are known before the network has acted"
+
+
+def test_a_film_does_not_change_its_evaluation():
+    """The values are those of the actions: no further call of the network, no further draw."""
+    calls = []
+    network = noop_network(m)
+    network.register_forward_hook(lambda *call: calls.append(call[-1]))
+    args = m.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=1, eval_max_frames=400)
+    _, steps = m.evaluate(network, args, torch.device("cpu"), (1, 7))
+    assert len(calls) <= len(steps)
+    assert [q for _, q in steps][-1] == [1.0, 0.0, 0.0, 0.0]
+    assert len(network._forward_hooks) == 1, "evaluate removes its hook"
 
 
 @pytest.mark.parametrize("env_id", ["Breakout-v4", "Breakout-v0"])

@@ -44,6 +44,31 @@ def test_optimizers_equal_their_equations():
         np.testing.assert_allclose(one_step(optimizer, start, gradients), expected, rtol=1e-5)
 
 
+def test_adam_eps_is_the_epsilon_of_adam():
+    for name in ("adam", "adamw"):
+        args = load("dqn_cartpole").RunArgs(optimizer=name, adam_eps=0.25)
+        optimizer = load("dqn_cartpole").make_optimizer(torch.nn.Linear(2, 1), args)
+        assert optimizer.param_groups[0]["eps"] == 0.25
+
+
+def test_rmsprop_on_atari_is_that_of_the_paper():
+    """The gradient is summed over the batch, and 0.01 stands in the root. A batch of 4 rows, loss
+    and gradient written for each row; the script is given the gradient of the mean."""
+    script, rate, w = load("dqn_atari"), 0.1, np.array([1.0, -2.0])
+    rows = np.random.default_rng(1).normal(size=(3, 4, 2))  # three steps of a batch of four
+    expected, m, n = w.copy(), np.zeros(2), np.zeros(2)
+    for batch in rows:
+        g = batch.sum(axis=0)
+        m, n = 0.95 * m + 0.05 * g, 0.95 * n + 0.05 * g**2
+        expected = expected - rate * g / np.sqrt(n - m**2 + 0.01)
+    args = script.RunArgs(optimizer="rmsprop", learning_rate=rate, batch_size=4)
+    optimizer = script.make_optimizer(torch.nn.Linear(2, 1, bias=False), args)
+    means = [[batch.mean(axis=0).tolist()] for batch in rows]
+    np.testing.assert_allclose(one_step(optimizer, [w.tolist()], means), expected, rtol=1e-5)
+    saved = optimizer.state_dict()  # as a checkpoint holds it
+    assert {key for state in saved["state"].values() for key in state} == {"m", "n"}
+
+
 def test_the_gradient_is_clipped_to_its_norm_before_the_step():
     script, network = load("dqn_cartpole"), torch.nn.Linear(2, 1, bias=False)
     args = script.RunArgs(max_grad_norm=1.0, optimizer="rmsprop", learning_rate=0.1)
