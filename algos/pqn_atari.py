@@ -262,6 +262,7 @@ class RunArgs(Args):
     eval_episodes: int = 10  # whole games per evaluation; 0: no evaluation
     eval_e: float = 0.01  # epsilon while evaluating
     eval_max_frames: int = 108_000  # longest evaluated game; 60 frames are one second of play
+    fire_reset: bool = True  # press FIRE when a game starts, where it has that button
     stop_return: float | None = None  # stop when the mean of the last 100 games reaches this
     checkpoint_frequency: int = 100_000  # agent steps between checkpoints; 0: only the last
     checkpoint_replay: bool = False  # save the rollout too: a resumed run is bit-identical on a CPU

@@ -107,7 +107,7 @@ FAMILY = {
     "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 39, VECTORS + 20, 192),
     "c51_cartpole": Member("dqn_cartpole", OF_C51, 80, VECTORS + 45, 201),
     "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 55, VECTORS + 18, 189),
-    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 47, VECTORS + 28, 199),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 53, VECTORS + 29, 200),
     "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 185),
     "rainbow_cartpole": Member(
         "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 266, 261, TAKEN_BY_RAINBOW

@@ -143,17 +143,18 @@ def test_acting_draws_noise_at_every_step():
     assert len(steps) == 1
 
 
-def test_no_random_actions(monkeypatch):
-    """Neither on vectors nor with MinAtar's defaults; the arguments can bring them back."""
+def test_random_actions_only_at_the_start(monkeypatch):
+    """On vectors until step 4,000, with MinAtar's defaults none; the arguments bring them back."""
     script = load("noisy_dqn_cartpole")
-    for env_id in ("CartPole-v1", "MinAtar/Breakout-v1"):
+    for env_id, start in (("CartPole-v1", 1), ("MinAtar/Breakout-v1", 0)):
         monkeypatch.setattr("sys.argv", ["noisy_dqn_cartpole.py", "--env-id", env_id])
         args = script.parse_args()
-        steps = (0, 1, args.total_timesteps // 2, args.total_timesteps)
-        assert [script.epsilon_at(step, args) for step in steps] == [0] * 4
-    monkeypatch.setattr("sys.argv", ["noisy_dqn_cartpole.py", "--start-e", "1", "--end-e", "0.1"])
+        steps = (0, 2_000, 4_000, args.total_timesteps)
+        expected = [start, start / 2, 0, 0]
+        assert [script.epsilon_at(step, args) for step in steps] == pytest.approx(expected)
+    monkeypatch.setattr("sys.argv", ["noisy_dqn_cartpole.py", "--end-e", "0.1"])
     args = script.parse_args()
-    assert script.epsilon_at(0, args) == 1
+    assert script.epsilon_at(args.total_timesteps, args) == pytest.approx(0.1)
 
 
 def random_batch(script, rng):
