@@ -1,6 +1,7 @@
 """The tools in benchmarks/: when a record may be written, its contents, and its figures."""
 
 import csv
+import functools
 import itertools
 import json
 import os
@@ -366,7 +367,9 @@ def test_ctrl_c_stops_a_study(repository, tmp_path):
     folder = tmp_path / "study"
     command = [*map(str, study(repository, folder, "--seeds", "1", "2"))]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": NO_GIT}
-    tool = subprocess.Popen(command, start_new_session=True, **options)
+    # A shell starts what is sent to the background with SIGINT ignored; undo that for the tool.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    tool = subprocess.Popen(command, start_new_session=True, preexec_fn=listen, **options)
     deadline = time.monotonic() + 30
     while len([*folder.rglob("steps")]) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)

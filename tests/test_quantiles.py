@@ -344,7 +344,7 @@ def test_one_update_equals_the_oracle(script, float64):
     else:
         taus = np.array([taus for *_, taus in rows])
         gradients = iqn_gradients(before, arrays["obs"], arrays["actions"], taus, slopes)
-    expected = oracle.adam_step(before, gradients, lr=args.learning_rate)
+    expected = oracle.adam_step(before, gradients, lr=args.learning_rate, eps=args.adam_eps)
     optimizer = script.make_optimizer(q_network, args)
     loss.backward()
     for p, g in zip(q_network.parameters(), gradients):
