@@ -103,11 +103,11 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
     """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma max_a' Q(s', a'; theta^-)
-        next_q_values = target_network(batch.next_obs).max(dim=1).values  # (B,)
+        next_q_values = target_network(batch.next_obs).amax(dim=1)  # (B,)
         td_target = batch.rewards + batch.discounts * next_q_values  # (B,)
     q_taken = q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)  # Q(s, a), (B,)
     criterion = F.smooth_l1_loss if args.loss == "huber" else F.mse_loss
-    return criterion(q_taken, td_target), (td_target - q_taken).detach(), q_taken.detach()
+    return criterion(q_taken, td_target), td_target - q_taken.detach(), q_taken.detach()
 
 
 def epsilon_at(step: int, args: Args) -> float:
@@ -121,11 +121,11 @@ def epsilon_at(step: int, args: Args) -> float:
 @torch.inference_mode()
 def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
     """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any action, (n,) int64."""
-    actions = rng.integers(q_network.n_actions, size=len(obs))
+    q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
+    actions = q_values.cpu().numpy().argmax(axis=1)
     explore = rng.random(len(obs)) < epsilon
-    if not explore.all():
-        q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
-        actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
+    if explore.any():
+        actions[explore] = rng.integers(q_network.n_actions, size=explore.sum())
     return actions
 
 
@@ -152,12 +152,12 @@ def main(args: Args) -> None:
 
         if replay.size >= args.learning_starts:
             # ---- 4. learn ------------------------------------------------------------------------
-            run.anneal(optimizer)
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
                 batch = replay.sample(args.batch_size)
                 loss, _, q_taken = loss_fn(q_network, target_network, batch, args)
                 q_network.zero_grad()
                 loss.backward()
+                run.anneal(optimizer)
                 optimizer.step()
             # ---- 5. sync target ------------------------------------------------------------------
             if run.due(args.target_network_frequency):
@@ -249,29 +249,72 @@ class Windows(nn.Module):
         return obs.float().unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
 
 
+class Layers(nn.Sequential):
+    """nn.Sequential without the overhead of a module call per layer, on a CPU half of a forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self._modules.values():
+            x = layer.forward(x)
+        return x
+
+
 def make_features(shape: tuple, hidden: tuple) -> tuple[nn.Sequential, int]:
     """The hidden layers for observations of this shape, and the size of the last one."""
     if len(shape) == 1:
         layers = []
         for n_inputs, n_outputs in zip([*shape, *hidden], hidden):
             layers += [nn.Linear(n_inputs, n_outputs), nn.ReLU()]
-        return nn.Sequential(*layers), hidden[-1]
+        return Layers(*layers), hidden[-1]
     height, width, channels = shape  # the network of Young and Tian, 2019, arXiv:1903.03176
     # A 3x3 convolution with 16 channels, as one matrix product: on a CPU faster than nn.Conv2d.
-    convolution = nn.Sequential(Windows(), nn.Linear(9 * channels, 16))
+    convolution = Layers(Windows(), nn.Linear(9 * channels, 16))
     linear = nn.Linear(16 * (height - 2) * (width - 2), 128)
-    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), linear, nn.ReLU()), 128
+    return Layers(convolution, nn.ReLU(), nn.Flatten(), linear, nn.ReLU()), 128
 
 
-def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
+class Adam:
+    """Adam (Kingma and Ba, 2015), from PyTorch's fused kernel.
+
+    torch.optim.Adam calls the same kernel. On small networks its checks take longer than the
+    kernel does, and importing it takes a second.
+    """
+
+    def __init__(self, parameters: list, lr: float, eps: float, max_grad_norm: float):
+        self.param_groups = [{"params": parameters, "lr": lr, "eps": eps}]
+        self.max_grad_norm = max_grad_norm
+        means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+        counts = [torch.zeros((), device=p.device) for p in parameters]
+        self.state = (means, squares, counts)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,), (means, squares, counts) = self.param_groups, self.state
+        parameters = group["params"]
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        torch._foreach_add_(counts, 1)
+        rates = {"lr": group["lr"], "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0}
+        options = rates | {"eps": group["eps"], "amsgrad": False, "maximize": False}
+        gradients = [p.grad for p in parameters]
+        torch._fused_adam_(parameters, gradients, means, squares, [], counts, **options)
+
+    def state_dict(self) -> dict:
+        return {"state": self.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for tensors, values in zip(self.state, saved["state"], strict=True):
+            torch._foreach_copy_(tensors, values)
+
+
+def make_optimizer(q_network: nn.Module, args: Args):
     """The --optimizer. Its step first clips the gradient to --max-grad-norm, unless that is 0."""
     parameters, rate = [*q_network.parameters()], args.learning_rate
-    if args.optimizer == "rmsprop":  # the paper's alpha and epsilon
-        optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
-    elif args.optimizer == "adamw":
+    if args.optimizer == "adam":
+        return Adam(parameters, rate, args.adam_eps, args.max_grad_norm)
+    if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
-    else:
-        optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
+    else:  # rmsprop, with the paper's alpha and epsilon
+        optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.95, eps=0.01, centered=True)
     if args.max_grad_norm:
 
         def clip(*_) -> None:
@@ -381,29 +424,55 @@ def register_minatar() -> None:
         minatar.gym.register_envs()
 
 
+@torch.inference_mode()
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
-    """Play whole episodes -> their unclipped returns, and the actions of the first, for a film."""
-    n, rng = min(args.eval_episodes, 100), np.random.default_rng(seed)
-    returns, first_episode, filming = [], [], True
+    """Play whole episodes -> their unclipped returns, their `value_estimates`, (n, 2), and the
+    actions of the first, for a film."""
+    n, rng, latest = min(args.eval_episodes, 100), np.random.default_rng(seed), deque(maxlen=1)
+    returns, estimates, first_episode, filming = [], [], [], True
+    hook = q_network.register_forward_hook(lambda *call: latest.append(call[-1].cpu().numpy()))
     limit = make_envs(args.env_id, 1, seed).envs[0].spec.max_episode_steps
     envs = make_envs(args.env_id, n, seed, max_episode_steps=limit or args.eval_max_steps)
     obs, cut = envs.reset(), 0
     # Each lane plays its share of the episodes, so that short ones do not count more often.
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
+    steps, begins = [], [0] * n  # max_a Q(s, a), r and discount of every step, (3, n) each
     while left.any() and not stop:
         actions = act(q_network, obs, args.eval_e, rng, device)
         first_episode += [int(actions[0])] if filming else []
-        *_, terminations, truncations, infos = envs.step(actions)
-        obs = envs.reset(terminations | truncations)
+        values = latest[0].max(axis=1)
+        obs, rewards, terminations, truncations, infos = envs.step(actions)
+        scale = getattr(args, "reward_scale", 1)  # PQN's
+        steps.append((values, scale * rewards, args.gamma * (1 - terminations)))
+        if truncations.any():  # the values of the last states
+            values = q_network(torch.from_numpy(obs).to(device)).amax(dim=1).cpu().numpy()
         for lane, episode_return, _ in infos["episodes"]:
             filming = filming and lane != 0
             if left[lane]:
                 cut += truncations[lane]
                 returns.append(episode_return)
+                estimates.append(value_estimates(steps[begins[lane] :], lane, values[lane]))
                 left[lane] -= 1
+            begins[lane] = len(steps)
+        obs = envs.reset(terminations | truncations)
+    hook.remove()
     if cut and not limit:
         tqdm.write(f"{cut} of these episodes were cut at --eval-max-steps {args.eval_max_steps}")
-    return np.array(returns), first_episode
+    return np.array(returns), np.array(estimates), first_episode
+
+
+def value_estimates(steps: list, lane: int, value: float) -> tuple[float, float]:
+    """What Q predicted in an episode, and what came: means over its states.
+
+    max_a Q(s_t, a) beside r_t + gamma r_{t+1} + ..., with the rewards and terminations of training.
+    If a time limit cut the episode, `value`, the last state's max_a Q, stands for what is missing.
+    """
+    predicted = [values[lane] for values, _, _ in steps]
+    obtained = []
+    for _, rewards, discounts in reversed(steps):
+        value = rewards[lane] + discounts[lane] * value
+        obtained.append(value)
+    return np.mean(predicted), np.mean(obtained)
 
 
 def film(args: RunArgs, seed, actions: list):
@@ -564,7 +633,7 @@ class Run:
         """How many multiples of `every` this iteration's num_envs steps reach; none of 0."""
         return (self.step + self.args.num_envs) // every - self.step // every if every else 0
 
-    def anneal(self, optimizer: torch.optim.Optimizer) -> None:
+    def anneal(self, optimizer) -> None:
         """--anneal-lr: the learning rate decays linearly to zero over the run."""
         for group in optimizer.param_groups if self.args.anneal_lr else ():
             group["lr"] = self.args.learning_rate * (1 - self.step / self.args.total_timesteps)
@@ -635,14 +704,22 @@ class Run:
             return
         seed = (args.seed, self.step + 1)
         q_network.eval()
-        returns, actions = evaluate(q_network, args, self.device, seed, self.stop)
+        returns, estimates, actions = evaluate(q_network, args, self.device, seed, self.stop)
         q_network.train()
+        n = len(returns)
         if self.stop:
-            return tqdm.write(f"evaluation stopped after {len(returns)} episodes")
-        score = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
-        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {score}")
+            return tqdm.write(f"evaluation stopped after {n} episodes")
+        predicted, obtained = estimates.mean(axis=0)
+        bias = predicted - obtained
+        error = 1.96 * np.diff(estimates).std(ddof=1) / n**0.5 if n > 1 else np.nan  # of the bias
+        tqdm.write(
+            f"{args.env_id}, step {self.step}, evaluated: {returns.mean():.1f} +- "
+            f"{returns.std():.1f} in {n} episodes; Q predicts {predicted:.4g}, true {obtained:.4g}"
+        )
         if not args.evaluate:
-            self.write({"eval/episodic_return": returns.mean()}, self.step)
+            figures = {"eval/episodic_return": returns.mean(), "eval/predicted_value": predicted}
+            figures |= {"eval/true_value": obtained, "eval/overestimation": bias}
+            self.write(figures | {"eval/overestimation_ci95": error}, self.step)
         if args.capture_video:
             folder = Path(args.evaluate).parent if args.evaluate else self.folder
             save_film(folder / f"videos/step-{self.step}.mp4", film(args, seed, actions))

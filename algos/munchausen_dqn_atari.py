@@ -115,7 +115,7 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
         td_target = batch.rewards + bonus + batch.discounts * next_values  # (B,)
     q_taken = q_network(batch.obs).gather(1, actions).squeeze(1)  # Q(s, a), (B,)
     criterion = F.smooth_l1_loss if args.loss == "huber" else F.mse_loss
-    return criterion(q_taken, td_target), (td_target - q_taken).detach(), q_taken.detach()
+    return criterion(q_taken, td_target), td_target - q_taken.detach(), q_taken.detach()
 
 
 def epsilon_at(step: int, args: Args) -> float:
@@ -129,11 +129,11 @@ def epsilon_at(step: int, args: Args) -> float:
 @torch.inference_mode()
 def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
     """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any action, (n,) int64."""
-    actions = rng.integers(q_network.n_actions, size=len(obs))
+    q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
+    actions = q_values.cpu().numpy().argmax(axis=1)
     explore = rng.random(len(obs)) < epsilon
-    if not explore.all():
-        q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
-        actions = np.where(explore, actions, q_values.argmax(dim=1).cpu().numpy())
+    if explore.any():
+        actions[explore] = rng.integers(q_network.n_actions, size=explore.sum())
     return actions
 
 
@@ -583,27 +583,47 @@ def make_envs(env_id: str, num_envs: int, seed, **options) -> Games:
     return Games(num_envs=num_envs, seed=seed, life_loss_info=True, **options)
 
 
+@torch.inference_mode()
 def evaluate(q_network, args: RunArgs, device: torch.device, seed, stop=()):
-    """Play whole games -> their unclipped returns; of the first, all actions and their values."""
-    n, rng = min(args.eval_episodes, 10), np.random.default_rng(seed)
-    returns, first_game, filming, q_values = [], [], True, deque(maxlen=1)
-    hook = q_network.register_forward_hook(lambda *call: q_values.append(call[-1][0]))
+    """Play whole games -> their unclipped returns, their `value_estimates`, (n, 2), and of the
+    first game all actions and their values, for a film."""
+    n, rng, latest = min(args.eval_episodes, 10), np.random.default_rng(seed), deque(maxlen=1)
+    returns, estimates, first_game, filming = [], [], [], True
+    hook = q_network.register_forward_hook(lambda *call: latest.append(call[-1].cpu().numpy()))
     envs = make_envs(args.env_id, n, seed, **evaluation_options(args))
     obs, _ = envs.reset()
     # Each lane plays its share of the episodes, so that short ones do not count more often.
     left = np.array([len(range(lane, args.eval_episodes, n)) for lane in range(n)])
+    steps, begins = [], [0] * n  # max_a Q(s, a), r and discount of every step, (3, n) each
     while left.any() and not stop:
         actions = act(q_network, obs, args.eval_e, rng, device)
-        if filming:  # no values before the first step with an action of the network
-            first_game.append((int(actions[0]), q_values[0].tolist() if q_values else None))
-        obs, *_, infos = envs.step(actions)
+        first_game += [(int(actions[0]), latest[0][0].tolist())] if filming else []
+        values = latest[0].max(axis=1)
+        obs, rewards, terminations, _, infos = envs.step(actions)
+        steps.append((values, np.clip(rewards, -1, 1), args.gamma * (1 - terminations)))
         for lane, episode_return, _ in infos["episodes"]:
             filming = filming and lane != 0
             if left[lane]:
-                returns.append(episode_return)
+                returns.append(episode_return)  # the last step was a reset: its state is the end
+                estimates.append(value_estimates(steps[begins[lane] : -1], lane, values[lane]))
                 left[lane] -= 1
+            begins[lane] = len(steps)
     hook.remove()
-    return np.array(returns), first_game
+    return np.array(returns), np.array(estimates), first_game
+
+
+def value_estimates(steps: list, lane: int, value: float) -> tuple[float, float]:
+    """What Q predicted in an episode, and what came: means over its states.
+
+    max_a Q(s_t, a) beside r_t + gamma r_{t+1} + ..., with the rewards and terminations of training.
+    If a time limit cut the episode, `value`, the last state's max_a Q, stands for what is missing.
+    """
+    predicted = [values[lane] for values, _, _ in steps]
+    obtained = []
+    for _, rewards, discounts in reversed(steps):
+        value = rewards[lane] + discounts[lane] * value
+        obtained.append(value)
+    return np.mean(predicted), np.mean(obtained)
 
 
 def evaluation_options(args: RunArgs) -> dict:
@@ -872,14 +892,22 @@ class Run:
             return
         seed = (args.seed, self.step + 1)
         q_network.eval()
-        returns, actions = evaluate(q_network, args, self.device, seed, self.stop)
+        returns, estimates, actions = evaluate(q_network, args, self.device, seed, self.stop)
         q_network.train()
+        n = len(returns)
         if self.stop:
-            return tqdm.write(f"evaluation stopped after {len(returns)} episodes")
-        score = f"{returns.mean():.1f} +- {returns.std():.1f} in {len(returns)} episodes"
-        tqdm.write(f"{args.env_id}, step {self.step}, evaluated: {score}")
+            return tqdm.write(f"evaluation stopped after {n} episodes")
+        predicted, obtained = estimates.mean(axis=0)
+        bias = predicted - obtained
+        error = 1.96 * np.diff(estimates).std(ddof=1) / n**0.5 if n > 1 else np.nan  # of the bias
+        tqdm.write(
+            f"{args.env_id}, step {self.step}, evaluated: {returns.mean():.1f} +- "
+            f"{returns.std():.1f} in {n} episodes; Q predicts {predicted:.4g}, true {obtained:.4g}"
+        )
         if not args.evaluate:
-            self.write({"eval/episodic_return": returns.mean()}, self.step)
+            figures = {"eval/episodic_return": returns.mean(), "eval/predicted_value": predicted}
+            figures |= {"eval/true_value": obtained, "eval/overestimation": bias}
+            self.write(figures | {"eval/overestimation_ci95": error}, self.step)
         if args.capture_video:
             folder = Path(args.evaluate).parent if args.evaluate else self.folder
             save_film(folder / f"videos/step-{self.step}.mp4", film(args, seed, actions))

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI, TABULAR = 852, 1096, 660
+VECTORS, ATARI, TABULAR = 929, 1124, 660
 OF_ATARI = {
     *(
         "Args",
@@ -125,7 +125,7 @@ FAMILY = {
     "pqn_cartpole": Member(
         "dqn_cartpole",
         OF_PQN,
-        210,
+        214,
         VECTORS + 10,
         TOP + 20,
         without=("import copy", "import torch.nn.functional as F", "Replay"),
@@ -135,14 +135,14 @@ FAMILY = {
     "nstep_dqn_atari": Member("dqn_atari", {"Args"}, 2, ATARI),
     "dueling_ddqn_atari": Member("ddqn_atari", {"Args", "QNetwork"}, 20, ATARI),
     "per_ddqn_atari": Member(
-        "ddqn_atari", OF_PER_ATARI, 138, 1211, 222, {"SumTree": "per_dqn_cartpole"}
+        "ddqn_atari", OF_PER_ATARI, 138, 1239, 222, {"SumTree": "per_dqn_cartpole"}
     ),
-    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 274, 1305, 245, TAKEN_BY_RAINBOW_ATARI),
+    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 274, 1333, 245, TAKEN_BY_RAINBOW_ATARI),
     "pqn_atari": Member(
         "dqn_atari",
         OF_PQN_ATARI,
         600,
-        955,
+        984,
         222,
         dict.fromkeys(("lambda_returns", "td_loss"), "pqn_cartpole"),
         ("import copy", "try: import fastreplay", *OF_REPLAY_ATARI),

@@ -218,11 +218,11 @@ def test_evaluation_plays_whole_games_with_its_own_epsilon(atari):
     """A network that always prefers NOOP scores 0 in Breakout, unless epsilon moves it."""
     args = atari.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=5, eval_e=1.0)
     evaluate = functools.partial(atari.evaluate, noop_network(atari), args, torch.device("cpu"))
-    moved, actions = evaluate((1, 7))
+    moved, _, actions = evaluate((1, 7))
     assert len(moved) == 5 and moved.sum() > 0
-    again, same_actions = evaluate((1, 7))
+    again, _, same_actions = evaluate((1, 7))
     assert moved.tolist() == again.tolist() and actions == same_actions
-    _, other_actions = evaluate((1, 8))
+    *_, other_actions = evaluate((1, 8))
     assert actions != other_actions, "evaluations at another step play other games"
 
 
@@ -231,7 +231,7 @@ def test_a_film_is_the_first_game_of_its_evaluation():
     the actions are those of the evaluation."""
     args = m.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=3, eval_e=0.5)
     seed = (1, 7)
-    _, steps = m.evaluate(noop_network(m), args, torch.device("cpu"), seed)
+    *_, steps = m.evaluate(noop_network(m), args, torch.device("cpu"), seed)
     pictures = list(m.film(args, seed, steps))
     assert m.FRAMES_PER_SECOND == 60 and pictures[0].shape == (420, 320 + 160, 3)
     colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
@@ -270,7 +270,7 @@ def test_a_film_does_not_change_its_evaluation():
     network = noop_network(m)
     network.register_forward_hook(lambda *call: calls.append(call[-1]))
     args = m.RunArgs(env_id="BreakoutNoFrameskip-v4", eval_episodes=1, eval_max_frames=400)
-    _, steps = m.evaluate(network, args, torch.device("cpu"), (1, 7))
+    *_, steps = m.evaluate(network, args, torch.device("cpu"), (1, 7))
     assert len(calls) <= len(steps)
     assert [q for _, q in steps][-1] == [1.0, 0.0, 0.0, 0.0]
     assert len(network._forward_hooks) == 1, "evaluate removes its hook"
@@ -298,3 +298,42 @@ def test_every_other_id_is_played_as_named():
             assert spec.kwargs["frameskip"] in (1, 4)
             assert envs.n_actions == 6
     assert refused == 2 and ale_py.__version__
+
+
+@pytest.mark.parametrize("max_frames", [108_000, 400])
+def test_an_evaluation_compares_q_with_the_returns_that_came(max_frames):
+    """With clipped rewards, cut at a lost life as in training; the cap does not end the return."""
+    seed = (1, 7)
+    args = m.RunArgs(env_id="MsPacmanNoFrameskip-v4", eval_episodes=2, eval_e=1.0, gamma=0.9)
+    args.eval_max_frames = max_frames
+    envs, rng = m.make_envs(args.env_id, 2, seed, **m.evaluation_options(args)), None
+    torch.manual_seed(1)
+    q_network = m.QNetwork(envs.n_actions)
+    returns, estimates, _ = m.evaluate(q_network, args, torch.device("cpu"), seed)
+    (obs, _), rng = envs.reset(), np.random.default_rng(seed)
+    kept, expected, lost_lives = [[], []], {}, 0
+    while len(expected) < 2:
+        with torch.no_grad():
+            values = q_network(torch.from_numpy(obs)).max(1).values.numpy()
+        actions = m.act(q_network, obs, 1.0, rng, torch.device("cpu"))
+        obs, rewards, terminations, _, infos = envs.step(actions)
+        over = dict((game, score) for game, score, _ in infos["episodes"])
+        for lane in range(2):
+            if lane in over and lane not in expected:
+                rows = kept[lane]
+                lost_lives += sum(discount == 0 for *_, discount in rows)
+                obtained = []
+                for t in range(len(rows)):
+                    total, factor = 0.0, 1.0
+                    for _, reward, discount in rows[t:]:
+                        total += factor * reward
+                        factor *= discount
+                    obtained.append(total + factor * values[lane])
+                predicted = np.mean([value for value, *_ in rows])
+                expected[lane] = (over[lane], predicted, np.mean(obtained))
+            kept[lane].append(
+                (values[lane], np.clip(rewards[lane], -1, 1), 0.9 * (1 - terminations[lane]))
+            )
+    assert lost_lives if max_frames == 108_000 else not lost_lives
+    found = np.column_stack([returns, estimates]).tolist()
+    np.testing.assert_allclose(sorted(found), sorted(expected.values()), rtol=1e-4)

@@ -420,7 +420,7 @@ def test_a_film_shows_one_episode():
     args = script.RunArgs(eval_episodes=3, eval_e=1.0)
     torch.manual_seed(1)
     network = script.QNetwork(np.zeros(4), 2)
-    returns, actions = script.evaluate(network, args, torch.device("cpu"), seed)
+    returns, _, actions = script.evaluate(network, args, torch.device("cpu"), seed)
     pictures = list(script.film(args, seed, actions))
     envs = script.make_envs(args.env_id, 1, seed, render_mode="rgb_array")
     envs.reset()

@@ -1,13 +1,14 @@
 """What every file on vectors can do besides its algorithm: optimizers, exploration, MinAtar."""
 
 import copy
+import re
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import load
-from test_run import checkpoint_of, main_in_process, refused, run, same, small
+from test_run import checkpoint_of, main_in_process, refused, run, same, scalars, small
 
 MINATAR = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
 
@@ -42,6 +43,36 @@ def test_optimizers_equal_their_equations():
         args = script.RunArgs(optimizer=name, learning_rate=rate)
         optimizer = script.make_optimizer(torch.nn.Linear(2, 1, bias=False), args)
         np.testing.assert_allclose(one_step(optimizer, start, gradients), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
+def test_adam_is_pytorchs(max_grad_norm):
+    """Bit for bit, also after a checkpoint; with --max-grad-norm on clipped gradients."""
+    script = load("dqn_cartpole")
+    args = script.RunArgs(learning_rate=0.01, adam_eps=1e-4, max_grad_norm=max_grad_norm)
+    torch.manual_seed(1)
+    networks = [torch.nn.Linear(5, 3)]
+    networks += [copy.deepcopy(networks[0]) for _ in range(2)]
+    ours, resumed = (script.make_optimizer(network, args) for network in networks[:2])
+    theirs = torch.optim.Adam(networks[2].parameters(), 0.01, eps=1e-4, fused=True)
+    optimizers = [ours, resumed, theirs]
+    for step in range(6):
+        if step == 3:
+            networks[1].load_state_dict(networks[0].state_dict())
+            resumed = script.make_optimizer(networks[1], args)
+            resumed.load_state_dict(copy.deepcopy(ours.state_dict()))
+            optimizers[1] = resumed
+        x = torch.randn(7, 5)
+        for network, optimizer in zip(networks, optimizers):
+            network.zero_grad()
+            network(x).square().sum().backward()
+            if optimizer is theirs and max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
+            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)  # as --anneal-lr does
+            optimizer.step()
+        weights = [[*network.parameters()] for network in networks]
+        assert all(map(torch.equal, weights[0], weights[2]))
+        assert all(map(torch.equal, weights[0], weights[1])), step
 
 
 def test_adam_eps_is_the_epsilon_of_adam():
@@ -190,3 +221,67 @@ def test_the_convolution_sees_pictures_as_height_width_channel():
     hidden = np.maximum(np.maximum(hidden, 0).reshape(2, -1) @ linear.T + linear_bias, 0)
     expected = hidden @ head.T + head_bias
     np.testing.assert_allclose(q_network(obs).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def plain_estimates(values, rewards, discounts, last_value):
+    """An oracle of value_estimates by the definition: a sum of its own for every state."""
+    obtained = []
+    for t in range(len(rewards)):
+        total, factor = 0.0, 1.0
+        for k in range(t, len(rewards)):
+            total += factor * rewards[k]
+            factor *= discounts[k]
+        obtained.append(total + factor * last_value)
+    return sum(values) / len(values), sum(obtained) / len(obtained)
+
+
+def test_value_estimates_are_discounted_sums():
+    rng, script = np.random.default_rng(1), load("dqn_cartpole")
+    values, rewards = rng.normal(size=(2, 9, 3))
+    discounts = 0.9 * (rng.random((9, 3)) < 0.7)  # 0 where a life was lost, as in training
+    steps = list(zip(values, rewards, discounts))
+    for lane in range(3):
+        expected = plain_estimates(values[:, lane], rewards[:, lane], discounts[:, lane], 2.5)
+        np.testing.assert_allclose(script.value_estimates(steps, lane, 2.5), expected)
+
+
+@pytest.mark.parametrize("name, scale", [("dqn_cartpole", 1.0), ("pqn_cartpole", 0.1)])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1"])  # terminated, and truncated
+def test_an_evaluation_compares_q_with_the_returns_that_came(name, scale, env_id):
+    script, seed = load(name), (1, 7)
+    args = script.RunArgs(env_id=env_id, eval_episodes=5, eval_e=0.3, gamma=0.97)
+    envs, rng = script.make_envs(env_id, 5, seed), np.random.default_rng(seed)
+    torch.manual_seed(2)
+    q_network = script.QNetwork(envs.obs_space, envs.n_actions)
+    returns, estimates, _ = script.evaluate(q_network, args, torch.device("cpu"), seed)
+    assert estimates.shape == (5, 2) and not q_network._forward_hooks
+    obs, expected, kept, open_lanes = envs.reset(), [], [], {*range(5)}
+    while open_lanes:
+        with torch.no_grad():
+            values = q_network(torch.from_numpy(obs)).max(1).values.numpy()
+        actions = script.act(q_network, obs, 0.3, rng, torch.device("cpu"))
+        obs, rewards, terminations, truncations, infos = envs.step(actions)
+        kept.append((values, scale * rewards, 0.97 * (1 - terminations)))
+        with torch.no_grad():
+            last = q_network(torch.from_numpy(obs)).max(1).values.numpy()
+        for lane, episode_return, length in infos["episodes"]:
+            if lane in open_lanes:
+                open_lanes.remove(lane)
+                columns = [[row[i][lane] for row in kept[-length:]] for i in range(3)]
+                expected.append((episode_return, *plain_estimates(*columns, last[lane])))
+                assert truncations[lane] == (env_id == "Acrobot-v1")
+        obs = envs.reset(terminations | truncations)
+    np.testing.assert_allclose(np.column_stack([returns, estimates]), expected, rtol=1e-5)
+
+
+def test_a_run_logs_the_overestimation(in_tmp, monkeypatch, capsys):
+    script = load("dqn_cartpole")
+    main_in_process(script, small("dqn_cartpole") | {"eval_episodes": 4}, monkeypatch)
+    *_, line = re.findall(r"in 4 episodes; Q predicts (\S+), true (\S+)", capsys.readouterr().out)
+    events = scalars(next(in_tmp.rglob("events*")).parent)
+    predicted, true, bias, error = (
+        events[f"eval/{tag}"][-1].value
+        for tag in ("predicted_value", "true_value", "overestimation", "overestimation_ci95")
+    )
+    np.testing.assert_allclose((predicted, true), [float(x) for x in line], rtol=1e-3)
+    assert bias == pytest.approx(predicted - true, abs=1e-4) and error > 0
