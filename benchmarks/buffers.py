@@ -452,11 +452,11 @@ def latency_figure(frames, copies):
     if copies:
         medians = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in sizes]
         style = {"color": "black", "linestyle": ":", "linewidth": 1.5}
-        text = "plain copy, as many bytes"
+        text = "plain copy of as many bytes, 2 threads"
         curves.append(Curve(text, sizes, np.array(medians), peer=True, style=style))
-    note = "obs and next_obs, frames of 84x84, stacks of 4, on 2 threads; grey: other libraries"
+    note = "obs and next_obs, frames of 84x84, stacks of 4; grey: other libraries"
     labels = "batch size, transitions", "time of a sample, µs, lower is better"
-    return draw_curves(curves, "Sampling", note, *labels, log=True, height=5.6, width=36)
+    return draw_curves(curves, "Sampling", note, *labels, log=True, height=5.6, width=38)
 
 
 def memory_figure(frames):

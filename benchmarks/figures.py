@@ -215,7 +215,7 @@ def draw_curve(axes, curve, style):
 
 def finish_axes(axes, curves, goal, log=False):
     """Limits and tick labels of the axes, and the goal."""
-    last = max(end_of(curve)[0] for curve in curves)
+    last = max(x[-1] for curve in curves for x in (end_of(curve)[:1], *(x for x, _ in curve.seeds)))
     starts = [curve.x[0] for curve in curves if len(curve.x)]
     axes.set_xlim(min(starts) if log else min([0, *starts]), last)
     if log:

@@ -516,6 +516,47 @@ def test_bad_input(tmp_path, capsys):
     call(runs, f"again={tmp_path / 'again'}", "--out", tmp_path / "out")  # the advice works
 
 
+def test_records_are_drawn_again(tmp_path, monkeypatch, capsys):
+    """Of each kind one; nothing but figures is written."""
+    import redraw
+
+    expected = {
+        "2026-11-25_dqn_cartpole": {"curve"},
+        "2026-11-25_acrobot": {"curve"},
+        "2026-11-22_ddqn_breakout": {"curves"},
+        "2026-11-24_throughput_cartpole": {"rates"},
+        "2026-11-25_tabular": {"bias"},
+        "2026-11-22_buffers": {"latency", "memory", "capacity"},
+        "2026-11-22_sum_trees": set(),
+    }
+    before = {}
+    for name in expected:
+        (tmp_path / name).mkdir()
+        for path in (ROOT / "benchmarks" / "records" / name).iterdir():
+            if path.suffix not in (".png", ".svg"):
+                (tmp_path / name / path.name).write_bytes(path.read_bytes())
+                before[tmp_path / name / path.name] = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["redraw.py", *(str(tmp_path / name) for name in expected)])
+    redraw.main()
+    assert "2026-11-22_sum_trees: no figures" in capsys.readouterr().out
+    for name, figure_names in expected.items():
+        written = {path.name for path in (tmp_path / name).iterdir()} - {x.name for x in before}
+        assert written == {f"{x}.{kind}" for x in figure_names for kind in ("png", "svg")}
+    assert before == {path: path.read_bytes() for path in before}
+    for name in expected:
+        for figure in redraw.figures_of(tmp_path / name).values():
+            check(figure)
+    monkeypatch.setattr(sys, "argv", ["redraw.py", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="no such folder"):
+        redraw.main()
+
+
+def test_each_figure_of_a_record_is_there_as_png_and_svg():
+    records = ROOT / "benchmarks" / "records"
+    kinds = [{path.with_suffix("") for path in records.glob(f"*/*.{k}")} for k in ("png", "svg")]
+    assert kinds[0] == kinds[1] and len(kinds[0]) > 20
+
+
 # ---- the style ---------------------------------------------------------------------------------
 
 
