@@ -133,10 +133,11 @@ def log_files(place):
 
 
 def make_log(steps, hours, returns):
-    """A Log in ascending order of the steps, the last value of each step."""
+    """A Log in ascending order of the steps, the last finite value of each step."""
     steps, returns = np.asarray(steps, np.float64), np.asarray(returns, np.float64)
     order = np.argsort(steps, kind="stable")
-    order = order[np.append(np.diff(steps[order]) > 0, True)]
+    order = order[np.isfinite(returns[order])]
+    order = order[np.append(np.diff(steps[order]) > 0, [True] * bool(len(order))).astype(bool)]
     hours = None if hours is None else np.asarray(hours, np.float64)[order]
     return Log(steps[order], hours, returns[order])
 
@@ -293,7 +294,7 @@ def interquartile_means(scores):
     """rliable's interquartile mean, of all points at once. (runs, games, T) -> (T,)"""
     from scipy.stats import trim_mean
 
-    return trim_mean(scores.reshape(-1, scores.shape[-1]), 0.25, axis=0)
+    return trim_mean(np.concatenate(scores), 0.25, axis=0)
 
 
 def interval(func, *scores):

@@ -235,6 +235,23 @@ def test_a_curve_is_thin_where_fewer_seeds_are_left():
     assert figure.axes[0].collections[0].get_paths()[0].get_extents().x1 == 2  # the band
 
 
+def test_a_run_that_ends_before_another_begins():
+    runs = [(np.array([1, 2]), np.array([1.0, 2.0])), (np.array([3, 4]), np.array([5.0, 6.0]))]
+    run = plot.Run("a", "e", "1", False, Path(), None)
+    group = [run._replace(logs=plot.make_log(x, None, y)) for x, y in runs]
+    curve = plot.curve_of("a", [group], "steps")
+    assert len(curve.x) == 0 and curve.low is None
+    assert curve.tail[0].tolist() == [3, 4] and curve.tail[1].tolist() == [5, 6]
+    check(figures.draw_curves([curve], "t", "n", "x", "y"))
+
+
+def test_a_log_is_in_order_and_finite():
+    log = plot.make_log([3, 1, 2, 2, 4], [3, 1, 2, 2.5, 4], [3.0, 1.0, 7.0, 2.0, math.nan])
+    assert log.steps.tolist() == [1, 2, 3] and log.returns.tolist() == [1, 2, 3]
+    assert log.hours.tolist() == [1, 2.5, 3]
+    assert len(plot.make_log([], None, []).steps) == 0
+
+
 def test_unequal_runs_are_reported(tmp_path, capsys):
     for seed, n in ((1, 3), (2, 5), (3, 5)):
         write_cleanq(tmp_path / "runs", seed, range(n))
