@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from buffer_peers import PEERS, Stream
-from figures import OWN, PEER, TEXT, label_ends, pyplot
+from figures import Curve, draw_bars, draw_curves, pyplot, save
 from machine import clean_commit, commit_of, write_record
 from tqdm import tqdm
 
@@ -443,70 +443,41 @@ def figures(rows):
     return drawn
 
 
-def empty_axes(title, xlabel, ylabel, height=4.5):
-    figure, axes = pyplot().subplots(figsize=(6.4, height), dpi=150)
-    axes.set_title(title, loc="left")
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def latency_figure(frames, copies):
-    """Time of a sample by batch size, on two logarithmic axes; labels at the ends of the lines."""
-    title = "Sampling (obs, next_obs), frames of 84x84, stacks of 4"
-    figure, axes = empty_axes(title, "batch size, transitions", "time of a sample, µs", 5.5)
-    labels, own_styles = [], iter(["-", "--", ":", "-."])
+    """Time of a sample by batch size."""
+    sizes, curves = np.array(SAMPLE_SIZES), []
     for peer, result in frames:
-        medians = [microseconds(result[f"sample {n}"])[0] for n in SAMPLE_SIZES]
-        if peer.own:
-            style = {"color": OWN, "linewidth": 2, "linestyle": next(own_styles), "zorder": 3}
-        else:
-            style = {"color": PEER, "linewidth": 1}
-        axes.plot(SAMPLE_SIZES, medians, **style)
-        labels.append((medians[-1], peer.title, OWN if peer.own else TEXT))
+        medians = [microseconds(result[f"sample {n}"])[0] for n in sizes]
+        curves.append(Curve(peer.title, sizes, np.array(medians), peer=not peer.own))
     if copies:
-        medians = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in SAMPLE_SIZES]
-        axes.plot(SAMPLE_SIZES, medians, color="black", linewidth=1)
-        labels.append((medians[-1], "plain copy of as many bytes, 2 threads", "black"))
-    axes.set(xscale="log", yscale="log", xlim=(SAMPLE_SIZES[0], SAMPLE_SIZES[-1]))
-    axes.set_xticks(SAMPLE_SIZES, map(str, SAMPLE_SIZES))
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(axis="y", alpha=0.25)
-    label_ends(axes, labels, fontsize=8)
-    return figure
+        medians = [microseconds(copies[f"copy {n}, 2 threads"])[0] for n in sizes]
+        style = {"color": "black", "linestyle": ":", "linewidth": 1.5}
+        text = "plain copy of as many bytes, 2 threads"
+        curves.append(Curve(text, sizes, np.array(medians), peer=True, style=style))
+    note = "obs and next_obs, frames of 84x84, stacks of 4; grey: other libraries"
+    labels = "batch size, transitions", "time of a sample, µs, lower is better"
+    return draw_curves(curves, "Sampling", note, *labels, log=True, height=5.6, width=38)
 
 
 def memory_figure(frames):
-    """Bytes per transition, one bar for each buffer, the smallest on top."""
-    sized = [(result.get("bytes", 0), peer) for peer, result in frames]
-    sized.sort(key=lambda item: item[0])
-    figure, axes = empty_axes("Memory, frames of 84x84, stacks of 4", "bytes per transition", "")
-    for at, (size, peer) in enumerate(sized):
-        axes.barh(at, size, color=OWN if peer.own else PEER)
-        axes.annotate(f" {size:,.0f}", (size, at), va="center", fontsize=8, color=TEXT)
-    axes.axvline(FRAME_BYTES, color="black", linewidth=1, linestyle=":")
-    axes.annotate("one frame", (FRAME_BYTES, -0.7), ha="right", va="bottom", fontsize=8)
-    axes.set_yticks(range(len(sized)), [peer.title for _, peer in sized], fontsize=8)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.invert_yaxis()
-    return figure
+    """Bytes per transition, the least on top."""
+    rows = [(peer.title, result.get("bytes", 0), not peer.own) for peer, result in frames]
+    rows.sort(key=lambda row: row[1])
+    note, reference = (
+        "frames of 84x84, stacks of 4",
+        (FRAME_BYTES, "dashed: the bytes of one frame"),
+    )
+    return draw_bars(rows, "Memory", note, "bytes per transition, lower is better", reference)
 
 
 def capacity_figure(result):
     """fastreplay's rate by capacity."""
-    title = "fastreplay, batches of 256"
-    figure, axes = empty_axes(title, "capacity, transitions", "transitions sampled, millions/s", 4)
-    capacities, labels = capacities_of(result), []
-    for kind, text, style in (("frames", "frames of 28x28", "-"), ("tree", "sum-tree alone", "--")):
+    capacities, curves = np.array(capacities_of(result)), []
+    for kind, text in (("frames", "frames of 28x28"), ("tree", "sum-tree alone")):
         rates = [256 / microseconds(result[f"{kind} {n}"])[0] for n in capacities]
-        axes.plot(capacities, rates, color=OWN, linewidth=2, linestyle=style)
-        labels.append((rates[-1], text, OWN))
-    axes.set(xscale="log", yscale="log", xlim=(capacities[0], capacities[-1]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    label_ends(axes, labels)
-    return figure
+        curves.append(Curve(text, capacities, np.array(rates)))
+    labels = "capacity, transitions", "million transitions/s, higher is better"
+    return draw_curves(curves, "fastreplay, batches of 256", "", *labels, log=True)
 
 
 def measure_on_gpu(args, commit):
@@ -568,10 +539,7 @@ def main():
         there = ", ".join([*OTHERS, *PEERS])
         parser.error(f"--peers: unknown: {', '.join(sorted(unknown))}; there are: {there}")
     if args.record:
-        try:
-            pyplot()
-        except ImportError:
-            sys.exit("error: --record draws figures; run `pip install matplotlib` first.")
+        pyplot()  # exits here if it is missing, not after the measurement
     rows = {}
     for name in (bar := tqdm(names)):
         bar.set_description(name)
@@ -582,7 +550,7 @@ def main():
         results = {"cleanrl_commit": commit_of(args.cleanrl), "rows": rounded(rows)}
         write_record(args.record, results, report_of(rows), commit)
         for name, figure in drawn.items():
-            figure.savefig(args.record / f"{name}.png", bbox_inches="tight")
+            save(figure, args.record / name)
 
 
 if __name__ == "__main__":

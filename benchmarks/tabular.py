@@ -23,7 +23,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from figures import OWN, TEXT, label_ends, pyplot
+from figures import Curve, draw_curves, pyplot, save
 from machine import ROOT, clean_commit, write_record
 from train import Run, run_all
 
@@ -33,7 +33,6 @@ SCRIPTS = {
 }
 ENV_IDS = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4")
 TOLERANCE = 1e-6  # between two returns that count as equal
-OTHER = "#c4580a"  # Q-learning's line; double Q-learning's is OWN
 MOST_STEPS = 10_000  # of an episode, where the environment has no limit
 CHUNK = 100  # runs of Example 6.7 in one task of a process
 
@@ -245,23 +244,15 @@ def bias_report(fractions, runs):
 
 def draw(fractions, runs):
     """The fraction of left actions for both algorithms. Returns the matplotlib figure."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 4), dpi=150)
-    labels = [(0.05, "5%: the optimum with epsilon 0.1", TEXT)]
-    for (name, values), colour in zip(fractions.items(), (OTHER, OWN)):
-        axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.8)
-        labels.append((values[-1], SCRIPTS[name], colour))
-    axes.axhline(0.05, color=TEXT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.set_xlabel("episode")
-    axes.set_ylabel("left actions from A")
-    axes.set_title(f"Maximization bias, Example 6.7, mean of {runs:,} runs", loc="left")
-    axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda y, _: f"{y:.0%}"))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_xlim(1, len(values))
-    axes.set_ylim(0, 1)
-    label_ends(axes, labels)
-    return figure
+    curves = [
+        Curve(SCRIPTS[name], np.arange(1, len(values) + 1), np.array(values))
+        for name, values in fractions.items()
+    ]
+    note = f"Sutton and Barto's Example 6.7, mean of {runs:,} runs"
+    labels = "episode", "left actions from A, lower is better"
+    goal, options = (0.05, "5%: the optimum with epsilon 0.1"), {"ylim": (0, 1)}
+    options |= {"yformat": "{x:.0%}"}
+    return draw_curves(curves, "Maximization bias", note, *labels, goal, **options)
 
 
 def main():
@@ -283,10 +274,7 @@ def main():
             parser.error(f"--env-ids {env_id}: gymnasium has no table of its transitions")
     if args.record:
         commit = clean_commit()
-        try:
-            pyplot()
-        except ImportError:
-            sys.exit("error: --record draws a figure; run `pip install matplotlib` first.")
+        pyplot()  # exits here if it is missing, not after the runs
 
     parts = args.parts or ("learning", "bias")
     results, report = {"jobs": args.jobs}, ["# Q-learning and double Q-learning in tables", ""]
@@ -315,7 +303,7 @@ def main():
     if figure:
         rows = zip(range(1, args.episodes + 1), *fractions.values())
         write_csv(args.record / "left.csv", ["episode", *fractions], rows)
-        figure.savefig(args.record / "bias.png", bbox_inches="tight")
+        save(figure, args.record / "bias")
 
 
 def write_csv(path, header, rows):

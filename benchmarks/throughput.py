@@ -38,6 +38,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from figures import draw_intervals, pyplot, save, styles
 from machine import ROOT, clean_commit, commit_of, write_record
 
 TASKS = {
@@ -327,6 +328,7 @@ def main():
         return be_peer(args)
     if args.record:
         commit = clean_commit()
+        pyplot()  # exits here if it is missing, not after the measurement
     if args.cleanrl:
         args.cleanrl = str(Path(args.cleanrl).expanduser().resolve())
     sides = [f"CleanQ {variant}".strip() for variant in args.variants]
@@ -360,6 +362,22 @@ def main():
         results = {"steps_per_second": rates, "memcpy_ms": drift, "failed": failed}
         results |= {"task": TASKS[args.task], "cleanrl_commit": commit_of(args.cleanrl)}
         write_record(args.record, results, report, commit)
+        save(draw(rates, TASKS[args.task]), Path(args.record) / "rates")
+
+
+def draw(rates, task):
+    """Median, lowest and highest rate of each side. Returns the matplotlib figure."""
+    rates = {side: r for side, r in rates.items() if r}
+    own = styles([not side.startswith("CleanQ") for side in rates])
+    rows = [
+        (side, statistics.median(r), min(r), max(r), style)
+        for (side, r), style in zip(rates.items(), own)
+    ]
+    turns = max(map(len, rates.values()))
+    note = f"batch {task['batch_size']}, an update every {task['train_frequency']} steps; "
+    note += f"median, lowest and highest of {turns} turn{'s' * (turns > 1)}; grey: peers"
+    title = f"Speed while learning, {task['env_id']}"
+    return draw_intervals(rows, title, note, "agent steps/s, higher is better", xlim=(0, None))
 
 
 def report_of(args, rates, drift, failed):
@@ -371,6 +389,8 @@ def report_of(args, rates, drift, failed):
             peers[algorithm_of(side)] = max(middle, peers.get(algorithm_of(side), 0))
     lines = [
         f"# Throughput while learning, {TASKS[args.task]['env_id']}",
+        "",
+        "![agent steps per second](rates.png)",
         "",
         f"Torch threads: {args.threads}. Turns of each side: {args.repeats} of {args.seconds:g} s.",
         "",

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from figures import COLOURS, OWN, PEER, TEXT, label_ends, pyplot
+from figures import curve_of_runs, draw_curves, pyplot, save, short_names
 from machine import ROOT, clean_commit, commit_of, quote, write_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 def interquartile_mean(values, axis=0):
     """Mean without the lowest and the highest quarter; of n values, floor(n / 4) on each side."""
-    values = np.sort(values, axis=axis)
+    values = np.sort(np.asarray(values, np.float64), axis=axis)
     n = values.shape[axis]
     return values.take(range(n // 4, n - n // 4), axis=axis).mean(axis=axis)
 
@@ -181,9 +181,10 @@ def has_ended(place):
 def read_run(run, place):
     """The evaluations of a finished run.
 
-    Returns a dict: script, env_id, seed; steps and returns, one for each evaluation; final_return,
-    final_std and episodes of the last one; seconds of training; the script's arguments as text;
-    solved: --stop-return, episodes, steps, seconds, where it ended the run.
+    Returns a dict: script, env_id, seed; steps, returns and hours of training, one for each
+    evaluation; final_return, final_std and episodes of the last one; seconds of training; the
+    script's arguments as text; solved: --stop-return, episodes, steps, seconds, where it ended the
+    run.
     """
     found = [match for line in lines_of(place) if (match := EVALUATED.search(line))]
     folders = list((place / "runs").glob("*"))
@@ -193,18 +194,13 @@ def read_run(run, place):
     events = EventAccumulator(str(folders[0]), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     there = events.Tags()["scalars"]
-    evaluations = {}
+    evaluations, timed = {}, "charts/hours" in there
     if "eval/episodic_return" in there:
         evaluations = {e.step: e.value for e in events.Scalars("eval/episodic_return")}
     if max(evaluations, default=None) != int(step.replace(",", "")):
         sys.exit(f"error: {run}: TensorBoard has no final evaluation, at step {step}.")
-    arguments = {}
-    if "hyperparameters/text_summary" in events.Tags()["tensors"]:
-        text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
-        rows = [line.strip("|").split("|", 1) for line in text.decode().splitlines()[2:]]
-        arguments = {row[0]: row[1] for row in rows if len(row) == 2}
     solved = [match for line in lines_of(place) if (match := SOLVED.search(line))]
-    hours = [e.value for e in events.Scalars("charts/hours")] if "charts/hours" in there else [0]
+    hours = [(e.step, e.value) for e in events.Scalars("charts/hours")] if timed else []
     return {
         "script": run.script,
         "env_id": env_id,
@@ -214,10 +210,20 @@ def read_run(run, place):
         "final_return": round([*evaluations.values()][-1], 4),
         "final_std": float(std),
         "episodes": int(episodes),
-        "seconds": round(3600 * hours[-1], 1),
-        "arguments": arguments,
+        "hours": np.interp([*evaluations], *zip(*hours)).round(5).tolist() if hours else [],
+        "seconds": round(3600 * hours[-1][1], 1) if hours else 0.0,
+        "arguments": arguments_of(events),
         "solved": [float(number) for number in solved[-1].groups()] if solved else None,
     }
+
+
+def arguments_of(events):
+    """{argument: value as text} of a run, from an EventAccumulator; {} if it has none."""
+    if "hyperparameters/text_summary" not in events.Tags()["tensors"]:
+        return {}
+    text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
+    rows = [line.strip("|").split("|", 1) for line in text.decode().splitlines()[2:]]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
 def goal_of(run, goal):
@@ -277,7 +283,7 @@ def report_of(runs, flags, goal):
         if goal is not None:
             cells += [f"{sum(run['reaches_goal'] for run in group)} of {len(group)}"]
         lines.append(table_row(cells))
-    lines += ["", *(f"![learning curves]({figure_name(e, env_ids)})" for e in env_ids), ""]
+    lines += ["", *(f"![learning curves]({figure_name(e, env_ids)}.png)" for e in env_ids), ""]
     head = ["script", "environment"] * (not one) + ["seed", "agent steps"]
     head += ["final evaluation, mean +- standard deviation"]
     if goal is not None:
@@ -333,79 +339,35 @@ def table_row(cells):
 
 
 def figure_name(env_id, env_ids):
-    return "curve.png" if len(env_ids) == 1 else f"curve_{env_id.replace('/', '-')}.png"
+    return "curve" if len(env_ids) == 1 else f"curve_{env_id.replace('/', '-')}"
 
 
 def draw(runs, goal):
     """The interquartile mean of each script over its seeds, with its interval. One environment.
 
-    Up to six scripts share the axes, each named at the end of its line; a lone one shows its seeds,
-    too. More have a panel each, with the first one in grey. Returns the matplotlib figure.
+    A lone script shows its seeds, too. Returns the matplotlib figure.
     """
     groups = {script: group for (script,), group in grouped(runs, "script").items()}
-    curves = {script: common_curve(group) for script, group in groups.items()}
-    n, plt = len(curves), pyplot()
-    first, env_id = next(iter(curves)), runs[0]["env_id"]
-    panels = n > len(COLOURS)
-    rows, columns, size = (-(-n // 4), 4, (11.6, 2.3 * -(-n // 4))) if panels else (1, 1, (6.4, 4))
-    options = {"figsize": size, "sharex": True, "sharey": True, "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, dpi=150, **options)
-    axes = axes.flatten()
-    for i, (script, curve) in enumerate(curves.items()):
-        if panels:
-            axes[i].plot(curves[first][0], interquartile_mean(curves[first][1]), color=PEER)
-            axes[i].set_title(re.sub("_(cartpole|atari)$", "", script), fontsize=9)
-            draw_curve(axes[i], *curve, OWN, seeds=False)
-            axes[i].xaxis.set_major_locator(plt.MaxNLocator(3))
-        else:
-            draw_curve(axes[0], *curve, COLOURS[i], seeds=n == 1)
-    for ax in axes[n:] if panels else ():
-        ax.set_visible(False)
-    for ax in axes:
-        ax.xaxis.set_major_formatter(plt.FuncFormatter(lambda x, _: thousands(x)))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.25)
-        ax.set_xlim(0, max(steps[-1] for steps, _ in curves.values()))
-        if goal is not None:
-            ax.axhline(goal, color=TEXT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    unit = "agent steps (4 frames each)" if first.endswith("_atari") else "environment steps"
-    seeds = f"{len(runs) // n} seed{'s' * (len(runs) > n)}"
-    measure = f"return, mean of {runs[0]['episodes']} evaluation episodes"
-    if panels:
-        figure.supxlabel(unit, fontsize=9)
-        figure.supylabel(measure, fontsize=9)
-        title = f"{env_id}: interquartile mean of {seeds}, 95% interval; grey: {first}"
-        figure.suptitle(title, fontsize=10)
-        figure.tight_layout()
-        return figure
-    axes[0].set_xlabel(unit)
-    axes[0].set_ylabel(measure)
-    axes[0].set_title(f"{first} on {env_id}" if n == 1 else env_id, loc="left")
-    labels = [] if goal is None else [(goal, f"goal: {goal:g}", TEXT)]
-    for colour, (script, (_, returns)) in zip(COLOURS, curves.items()):
-        last = interquartile_mean(returns)[-1]
-        text = f"{last:.1f}: {script}"
-        if n == 1:
-            text = f"{last:.1f}: interquartile mean\nof {seeds}, 95% interval\n(thin: each seed)"
-        labels.append((last, text, colour))
-    label_ends(axes[0], labels)
-    return figure
-
-
-def draw_curve(ax, steps, returns, colour, seeds):
-    if seeds:
-        ax.plot(steps, returns.T, color=colour, alpha=0.25, linewidth=0.8)
-    ax.fill_between(steps, *bootstrap_interval(returns), color=colour, alpha=0.18, linewidth=0)
-    marker = "o" if len(steps) == 1 else None  # a line through one point is invisible
-    ax.plot(steps, interquartile_mean(returns), color=colour, linewidth=2.2, marker=marker)
-
-
-def thousands(x):
-    """1500 -> "1.5k", 2000000 -> "2M" """
-    for size, letter in ((10**6, "M"), (10**3, "k")):
-        if abs(x) >= size:
-            return f"{x / size:g}{letter}"
-    return f"{x:g}"
+    names, env_id, curves = short_names([*groups]), runs[0]["env_id"], []
+    for script, group in groups.items():
+        series = [(run["steps"], run["returns"]) for run in group]
+        final = interquartile_mean([run["final_return"] for run in group])
+        shown = curve_of_runs(names[script], series, interquartile_mean, bootstrap_interval)
+        curves.append(shown._replace(text=f"{final:.1f}"))
+        if len(groups) == 1 < len(group):
+            curves[0] = shown._replace(seeds=series, text=f"{final:.1f}")
+    n, episodes = len(runs) // len(groups), runs[0]["episodes"]
+    note = (
+        f"{n} seeds: interquartile mean, 95% bootstrap interval" if n > 1 else "1 seed, no interval"
+    )
+    note += "; thin: each seed" if curves[0].seeds else ""
+    if any(curve.tail for curve in curves) and not curves[0].seeds:
+        note += "; thin: fewer seeds are left"
+    unit = "agent steps (4 frames each)" if runs[0]["script"].endswith("_atari") else "agent steps"
+    title = f"{runs[0]['script']} on {env_id}" if len(groups) == 1 else env_id
+    title += f", evaluations of {episodes} episode{'s' * (episodes != 1)}"
+    goal = None if goal is None else (goal, f"goal: {goal:g}")
+    return draw_curves(curves, title, note, unit, "return, higher is better", goal)
 
 
 def parse_args():
@@ -453,10 +415,7 @@ def check_study(folder, study):
 def main():
     args = parse_args()
     if args.record:
-        try:
-            pyplot()
-        except ImportError:
-            sys.exit("error: --record draws a figure; run `pip install matplotlib` first.")
+        pyplot()  # exits here if it is missing, not after the runs
     commit = clean_commit() if args.record else commit_of(str(ROOT))
     runs = [Run(*x) for x in product(args.scripts, args.env_ids, args.seeds)]
     with contextlib.ExitStack() as stack:
@@ -479,12 +438,13 @@ def main():
     write_record(args.record, results, report, commit)
     with open(args.record / "evaluations.csv", "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["script", "env_id", "seed", "step", "episodic_return"])
+        writer.writerow(["script", "env_id", "seed", "step", "episodic_return", "hours"])
         for run in found:
             keys = (run["script"], run["env_id"], run["seed"])
-            writer.writerows((*keys, *pair) for pair in zip(run["steps"], run["returns"]))
+            columns = run["steps"], run["returns"], run["hours"] or [""] * len(run["steps"])
+            writer.writerows((*keys, *row) for row in zip(*columns))
     for name, figure in figures.items():
-        figure.savefig(args.record / name, bbox_inches="tight")
+        save(figure, args.record / name)
 
 
 if __name__ == "__main__":
