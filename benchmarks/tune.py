@@ -763,12 +763,15 @@ def report_of(args, env_id, space, arguments, objective, found):
     if found["held_out"]:
         tuned, defaults = found["held_out"]["best"], found["held_out"]["defaults"]
         better, low, high = found["improvement"]
-        unit, text = OBJECTIVES[objective.name][0], objective.text
+        text = objective.text
         values = [objective.combine(side["values"]) for side in (tuned, defaults)]
+        unit, share = "", ""
+        if objective.goal is not None:
+            unit, share = f" {objective.name}", f", {better / values[1]:.0%} of the defaults'"
         lines += [
             f"On {seeds} the best trial has {text(values[0])} and the defaults {text(values[1])}, "
-            f"{objective.describe()}: an improvement of {text(better)} {unit} "
-            f"(95% interval {text(low)} to {text(high)})."
+            f"{objective.describe()}: an improvement of {text(better)}{unit} "
+            f"(95% interval {text(low)} to {text(high)}){share}."
         ]
         if low <= 0 <= high:
             lines += ["", "The interval contains 0: no difference to the defaults is shown."]
@@ -791,7 +794,9 @@ def report_of(args, env_id, space, arguments, objective, found):
                 cells += [f"{sum(map(bool, side['reached']))} of {len(side['values'])}"]
             final = [value for value in side["final"] if value is not None]
             cells += [f"{min(final):.1f} to {max(final):.1f}" if final else "none"]
-            same = [t["value"] for t in trials if t["flags"] == side["flags"] and t["value"]]
+            same = [
+                t["value"] for t in trials if t["flags"] == side["flags"] and t["value"] is not None
+            ]
             cells += [text(same[0]) if same else "not measured"]
             lines.append(table_row(cells))
     lines += ["", f"![search]({FIGURE}.png)", ""]
@@ -819,8 +824,8 @@ def report_of(args, env_id, space, arguments, objective, found):
         lines.append(table_row(cells))
     lines += [
         "",
-        f"Sampler: {args.sampler}, seed {args.sampler_seed}; pruner: {args.pruner}. "
-        f"Seeds of the search: {spaced(args.seeds)}; "
+        f"Optuna {optuna.__version__}; sampler: {args.sampler}, seed {args.sampler_seed}; "
+        f"pruner: {args.pruner}. Seeds of the search: {spaced(args.seeds)}; "
         + (f"of the finalists: {spaced(args.finalist_seeds)}; " if found["finalists"] else "")
         + f"held out: {spaced(args.held_out_seeds)}. {args.jobs} "
         + ("runs" if args.jobs > 1 else "run")
@@ -856,8 +861,9 @@ def draw(space, objective, found, title):
             points = [choices.index(text_of(point)) for point in points]
             ax.set_xticks(range(len(choices)), choices)
             ax.set_xlim(-0.5, len(choices) - 0.5)
-        elif space[name].log:
-            ax.set_xscale("log")
+        else:
+            ax.set_xscale("log" if space[name].log else "linear")
+            ax.set_xlim(space[name].low, space[name].high)
         ax.scatter(points, values, s=16, color=PEER)
         chosen = [i for i, trial in enumerate(complete) if trial == found["best"]]
         ax.scatter([points[i] for i in chosen], [values[i] for i in chosen], s=40, color=OWN)
@@ -884,6 +890,7 @@ def draw_history(ax, objective, trials):
     ax.step(numbers, best(values), where="post", color=OWN, linewidth=2)
     ax.plot(others, [0.02] * len(others), "|", color=TEXT, transform=ax.get_xaxis_transform())
     ax.set_xlim(-0.5, max(trial["trial"] for trial in trials) + 0.5)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("trial (ticks: pruned)" if others else "trial")
     ax.set_ylabel(OBJECTIVES[objective.name][0])
     ax.set_title("search: each trial, and the best so far", loc="left", fontsize=9)

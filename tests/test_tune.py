@@ -376,7 +376,7 @@ def test_the_grid_is_complete_and_ends(repository, tmp_path):
     assert len(points) == 6 == len({*points})
     # the best point is known: 0.01 and mse, with 10.0 + 0.1 seed - 40 * 0.02
     assert "python algos/toy.py --learning-rate 0.01\n" in done.stdout
-    assert "an improvement of 100.0 return (95% interval" in done.stdout
+    assert "an improvement of 100.0 (95% interval" in done.stdout
 
 
 def test_steps_to_the_goal(repository, tmp_path):
@@ -394,7 +394,9 @@ def test_steps_to_the_goal(repository, tmp_path):
     assert {*best} == {1, 2} and all(20 <= n < 40 for n in best.values())
     assert sorted({seed for _, seed in steps} - {1, 2}) == [11, 12]
     assert "the best trial has 20 and the defaults 30, steps until an evaluation" in done.stdout
-    assert "an improvement of 10 steps (95% interval 10 to 10)." in done.stdout
+    assert (
+        "an improvement of 10 steps (95% interval 10 to 10), 33% of the defaults'." in done.stdout
+    )
     assert "| defaults | 30 (30 to 30) | 30 to 30 | 2 of 2 | 252.0 to 256.0 | 40 |" in done.stdout
     with open(study / "runs.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["steps_to_goal"]]
