@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,8 +64,8 @@ def interquartile_mean(values, axis=0):
     return values.take(range(n // 4, n - n // 4), axis=axis).mean(axis=axis)
 
 
-def bootstrap_interval(values, resamples=RESAMPLES):
-    """95% percentile bootstrap of the interquartile mean over seeds.
+def bootstrap_interval(values, resamples=RESAMPLES, statistic=interquartile_mean):
+    """95% percentile bootstrap of the interquartile mean, or another statistic, over seeds.
 
     `values`: (seeds, ...). Returns (low, high), each of shape (...). Whole seeds are drawn, so one
     resample is a set of curves. All seeds use the same environment, the only stratum.
@@ -73,7 +74,7 @@ def bootstrap_interval(values, resamples=RESAMPLES):
     n = len(values)
     seeds = np.random.default_rng(0).integers(n, size=(n, resamples))
     columns = values.reshape(n, -1).T
-    means = [interquartile_mean(column[seeds]) for column in columns]  # each (resamples,)
+    means = [statistic(column[seeds], axis=0) for column in columns]  # each (resamples,)
     low, high = np.percentile(means, [2.5, 97.5], axis=1)
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
@@ -138,25 +139,33 @@ def run_all(runs, flags, folder, jobs, keep=False):
 
 
 def start(run, flags, place, keep):
-    """Start a run, or let it go on. -> its process; None if it is still running"""
+    """Start a run, or let it go on from its checkpoint. -> its process; None if it is running"""
     place.mkdir(parents=True, exist_ok=True)
     lock = locked(place)
     if lock is None:
         return None
     command = [sys.executable, os.fspath(ROOT / "algos" / f"{run.script}.py"), *run.flags(), *flags]
+    checkpoint = next((place / "runs").glob("*/checkpoint.pt"), None)
+    if not checkpoint:  # it was killed before its first checkpoint: it begins again
+        shutil.rmtree(place / "runs", ignore_errors=True)
     if keep:
-        checkpoint = next((place / "runs").glob("*/checkpoint.pt"), None)
         command += ["--resume", os.fspath(checkpoint.relative_to(place))] if checkpoint else []
         if not checkpoint and "checkpoint_replay" in Path(command[1]).read_text():
             command += ["--checkpoint-replay"]
-    with lock, open(place / "log.txt", "a") as log:
+    with lock, open(place / "log.txt", "a" if checkpoint else "w") as log:
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        options["env"] = os.environ | {"PYTHONUNBUFFERED": "1"}  # lines are in the log at once
+        options["preexec_fn"] = lambda: os.pwrite(lock.fileno(), b"%-20d" % os.getpid(), 0)
         return subprocess.Popen(command, cwd=place, pass_fds=[lock.fileno()], **options)
 
 
 def locked(place):
-    """The open lock file of a run's folder, or None if a process holds the lock."""
-    lock = open(place / "lock", "w")
+    """The open lock file of a run's folder, or None if a process holds the lock.
+
+    The file contains the process id of the run that was started last.
+    """
+    (place / "lock").touch()
+    lock = open(place / "lock", "r+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
@@ -178,6 +187,12 @@ def has_ended(place):
     return not last or "go on with:" not in last[-1]  # without any: read_run complains
 
 
+def events_of(folder):
+    """All that is in the TensorBoard files of a folder."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    return events.Reload()
+
+
 def read_run(run, place):
     """The evaluations of a finished run.
 
@@ -191,8 +206,7 @@ def read_run(run, place):
     if not found or len(folders) != 1:
         sys.exit(f"error: {run} ended without a final evaluation under runs/.")
     env_id, step, _, std, episodes = found[-1].groups()
-    events = EventAccumulator(str(folders[0]), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
+    events = events_of(folders[0])
     there = events.Tags()["scalars"]
     evaluations, timed = {}, "charts/hours" in there
     if "eval/episodic_return" in there:
@@ -397,19 +411,26 @@ def parse_args():
     return args
 
 
-def check_study(folder, study):
-    """Exit if the runs in `folder` are of another commit or have other flags."""
+def check_study(folder, study, option="--runs"):
+    """Exit if the runs in `folder`, given by `option`, are of another commit or other arguments."""
     file = folder / "study.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        file.write_text(json.dumps(study))
+        write_atomically(file, study)
     before = json.loads(file.read_text())
     for key, value in study.items():
-        if before[key] != value:
+        if before.get(key) != value:
             sys.exit(
-                f"error: the runs in {folder} have {key} {before[key]}, not {value}; "
-                "give another --runs folder, or the same " + key + "."
+                f"error: the runs in {folder} have {key} {before.get(key)}, not {value}; "
+                f"give another {option} folder, or the same {key}."
             )
+
+
+def write_atomically(file, value):
+    """Write a value as JSON; after a kill the file is whole, or not there."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    os.replace(partial, file)
 
 
 def main():
