@@ -34,6 +34,12 @@ from machine import ROOT, clean_commit, commit_of, quote, write_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESAMPLES = 10_000
+# What a script logs of its values at each evaluation: columns of evaluations.csv, and the tags.
+VALUES = {
+    "predicted": "predicted_value",
+    "true": "true_value",
+    "overestimation_ci95": "overestimation_ci95",
+}
 # The line that a script prints after an evaluation.
 EVALUATED = re.compile(r"(\S+), step ([\d,]+), evaluated: (\S+) \+- (\S+) in (\d+) ")
 # The line of a run that ended because of --stop-return.
@@ -197,7 +203,8 @@ def read_run(run, place):
     """The evaluations of a finished run.
 
     Returns a dict: script, env_id, seed; steps, returns and hours of training, one for each
-    evaluation; final_return, final_std and episodes of the last one; seconds of training; the
+    evaluation, and predicted, true and overestimation_ci95 where the script compares its values
+    with the returns that came; final_return, final_std and episodes of the last one; seconds of training; the
     script's arguments as text; solved: --stop-return, episodes, steps, seconds, where it ended the
     run.
     """
@@ -215,12 +222,15 @@ def read_run(run, place):
         sys.exit(f"error: {run}: TensorBoard has no final evaluation, at step {step}.")
     solved = [match for line in lines_of(place) if (match := SOLVED.search(line))]
     hours = [(e.step, e.value) for e in events.Scalars("charts/hours")] if timed else []
+    tags = {name: f"eval/{tag}" for name, tag in VALUES.items() if f"eval/{tag}" in there}
+    values = {name: [e.value for e in events.Scalars(tag)] for name, tag in tags.items()}
     return {
         "script": run.script,
         "env_id": env_id,
         "seed": run.seed,
         "steps": [*evaluations],
         "returns": [round(value, 4) for value in evaluations.values()],
+        **{name: [round(value, 4) for value in column] for name, column in values.items()},
         "final_return": round([*evaluations.values()][-1], 4),
         "final_std": float(std),
         "episodes": int(episodes),
@@ -459,10 +469,12 @@ def main():
     write_record(args.record, results, report, commit)
     with open(args.record / "evaluations.csv", "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["script", "env_id", "seed", "step", "episodic_return", "hours"])
+        writer.writerow(["script", "env_id", "seed", "step", "episodic_return", "hours", *VALUES])
         for run in found:
             keys = (run["script"], run["env_id"], run["seed"])
-            columns = run["steps"], run["returns"], run["hours"] or [""] * len(run["steps"])
+            empty = [""] * len(run["steps"])
+            columns = [run["steps"], run["returns"], run["hours"] or empty]
+            columns += [run.get(name, empty) for name in VALUES]
             writer.writerows((*keys, *row) for row in zip(*columns))
     for name, figure in figures.items():
         save(figure, args.record / name)
