@@ -17,6 +17,7 @@ Sutton and Barto. Without --record the tool only prints the report.
 import argparse
 import contextlib
 import csv
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from tabular import SCRIPTS as TABLES
 from tabular import measure_bias, summary_of
 from train import (
     RESAMPLES,
+    VALUES,
     Run,
     bootstrap_interval,
     check_study,
-    common_curve,
     figure_name,
     grouped,
     interquartile_mean,
@@ -75,9 +76,9 @@ def dice_report(found):
     return [
         *lines,
         "",
-        "The means differ by chance alone, and the maximum picks the luckiest. The double estimator "
-        "chooses a die by one half of its rolls and estimates its mean by the other half, as double "
-        "Q-learning does with two tables and Double DQN with two networks.",
+        "The means differ by chance alone, and the maximum picks the luckiest. The double "
+        "estimator chooses a die by one half of its rolls and estimates its mean by the other "
+        "half, as double Q-learning does with two tables and Double DQN with two networks.",
     ]
 
 
@@ -141,14 +142,14 @@ def network_report(found, algorithms, env_ids):
             f", with 95% bootstrap intervals over the seeds ({RESAMPLES:,} resamples)."
             * (seeds > 1)
         )
-        + " The last row of an environment is the difference of the over-estimations, seed by seed: "
-        "where its interval contains 0, the seeds show no effect of Double DQN.",
+        + " The last row of an environment is the difference of the over-estimations, seed by "
+        "seed: where its interval contains 0, the seeds show no effect of Double DQN.",
         "",
-        "Predicted is max_a Q(s, a), true the discounted sum of the rewards that followed, with the "
-        "rewards and the terminal states of training (on Atari clipped, and a lost life ends the "
-        "sum). Both are means over an episode's states, then over the evaluation's episodes. Where "
-        "a time limit cut an episode, max_a Q of its last state stands for the rest of the sum: "
-        "there the over-estimation is understated. An evaluation acts with its own epsilon.",
+        "Predicted is max_a Q(s, a), true the discounted sum of the rewards that followed, with "
+        "the rewards and the terminal states of training (on Atari clipped, and a lost life ends "
+        "the sum). Both are means over an episode's states, then over the evaluation's episodes. "
+        "Where a time limit cut an episode, max_a Q of its last state stands for the rest of the "
+        "sum: there the over-estimation is understated. An evaluation acts with its own epsilon.",
     ]
 
 
@@ -216,6 +217,9 @@ def main():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleanq-values-")))
         run_all([run for _, run in plan], args.flags, folder, args.jobs, keep=bool(args.runs))
         found = [{"algorithm": name, **read_run(run, run.place(folder))} for name, run in plan]
+    for run in found:
+        if not run.keys() >= VALUES.keys():
+            sys.exit(f"error: {run['script']}.py logs no values; give files with a network.")
     rng = np.random.default_rng(1)
     by_dice = [(n, rolls, *dice(n, rolls, rng)) for n in (2, 6, 18) for rolls in (2, 10, 100)]
     fractions = measure_bias(args.bias_runs, 300, args.jobs)
@@ -233,7 +237,7 @@ def main():
         for (env_id,), runs in grouped(found, "env_id").items()
     }
     results = {"runs": found, "dice": by_dice, "bias_runs": args.bias_runs}
-    results["left"] = {name: values.tolist() for name, values in fractions.items()}
+    results["left"] = fractions
     write_record(args.record, results, report, commit)
     with open(args.record / "values.csv", "w") as file:
         writer = csv.writer(file, lineterminator="\n")

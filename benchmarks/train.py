@@ -204,9 +204,9 @@ def read_run(run, place):
 
     Returns a dict: script, env_id, seed; steps, returns and hours of training, one for each
     evaluation, and predicted, true and overestimation_ci95 where the script compares its values
-    with the returns that came; final_return, final_std and episodes of the last one; seconds of training; the
-    script's arguments as text; solved: --stop-return, episodes, steps, seconds, where it ended the
-    run.
+    with the returns that came; final_return, final_std and episodes of the last one; seconds of
+    training; the script's arguments as text; solved: --stop-return, episodes, steps, seconds, where
+    it ended the run.
     """
     found = [match for line in lines_of(place) if (match := EVALUATED.search(line))]
     folders = list((place / "runs").glob("*"))

@@ -4,10 +4,10 @@ import csv
 
 import numpy as np
 import optuna
-from figures import OWN, PEER, TEXT, pyplot
+from figures import OWN, PEER, TEXT, pyplot, thousands
 from machine import quote
 from optuna.distributions import CategoricalDistribution
-from train import RESAMPLES, bootstrap_interval, table_row, thousands
+from train import RESAMPLES, bootstrap_interval, table_row
 from tune_objective import AGGREGATE_NAMES, AGGREGATES, OBJECTIVES, PENALTY
 from tune_runs import evaluations_of
 from tune_space import describe_range, text_of

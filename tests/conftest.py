@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import shutil
 import signal
 import sys
 import threading
@@ -137,3 +138,9 @@ def own_handlers():
     threading.excepthook = hook
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def repository(template, tmp_path):
+    """A copy of the module's `template`, a repository with the tools and some scripts."""
+    return Path(shutil.copytree(template, tmp_path / "cleanq"))

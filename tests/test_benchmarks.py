@@ -84,14 +84,14 @@ def git(folder, *words):
     return subprocess.run(command, check=True, capture_output=True, text=True, env=NO_GIT).stdout
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """A repository with the tools and one script, all committed."""
+def make_repository(tmp_path_factory, scripts):
+    """A repository with the tools and some scripts, {name: source}, all committed."""
     folder = tmp_path_factory.mktemp("template") / "cleanq"
     ignore = shutil.ignore_patterns("records", "__pycache__")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     (folder / "algos").mkdir()
-    (folder / "algos" / "script.py").write_text(SCRIPT)
+    for name, source in scripts.items():
+        (folder / "algos" / f"{name}.py").write_text(source)
     (folder / ".gitignore").write_text("__pycache__/\n")
     git(folder.parent, "init", "-q", "cleanq")
     git(folder, "add", "-A")
@@ -99,9 +99,9 @@ def template(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def repository(template, tmp_path):
-    return Path(shutil.copytree(template, tmp_path / "cleanq"))
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return make_repository(tmp_path_factory, {"script": SCRIPT})
 
 
 def edit(repository):

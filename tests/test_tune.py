@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_benchmarks import NO_GIT, git
+from test_benchmarks import NO_GIT, git, make_repository
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -125,22 +124,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    """A repository with the tools and the script, all committed."""
-    folder = tmp_path_factory.mktemp("template") / "cleanq"
-    ignore = shutil.ignore_patterns("records", "__pycache__")
-    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
-    (folder / "algos").mkdir()
-    (folder / "algos" / "toy.py").write_text(SCRIPT)
-    (folder / ".gitignore").write_text("__pycache__/\n")
-    git(folder.parent, "init", "-q", "cleanq")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "all")
-    return folder
-
-
-@pytest.fixture
-def repository(template, tmp_path):
-    return Path(shutil.copytree(template, tmp_path / "cleanq"))
+    return make_repository(tmp_path_factory, {"toy": SCRIPT})
 
 
 def command(repository, *words):
