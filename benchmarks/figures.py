@@ -70,7 +70,8 @@ def align(series, most=200):
 
     The grid, (T,), begins where all runs have begun. It has the x of all runs, or, if they are more
     than `most`, as many equal steps and the ends of the runs. Returns it and the values there,
-    (runs, T), linear between a run's own points and NaN after its last one.
+    (runs, T), linear between a run's own points and NaN after its last one. A run that ends in the
+    last fiftieth of the longest one, as with its last episode, keeps its last value to the end.
     """
     start = max(x[0] for x, _ in series)
     grid = np.unique(np.concatenate([x for x, _ in series]))
@@ -78,7 +79,14 @@ def align(series, most=200):
     if len(grid) > most:
         ends = [x[-1] for x, _ in series if x[-1] >= start]
         grid = np.union1d(np.linspace(start, grid[-1], most), ends)
-    return grid, np.array([np.interp(grid, x, y, right=np.nan) for x, y in series])
+    whole = [reaches(x[-1], grid[-1]) for x, _ in series]
+    rights = [y[-1] if there else np.nan for (_, y), there in zip(series, whole)]
+    return grid, np.array([np.interp(grid, *xy, right=right) for xy, right in zip(series, rights)])
+
+
+def reaches(end, last):
+    """Whether a run that ends there counts as one of the whole length."""
+    return end >= 0.98 * last
 
 
 def curve_of_runs(label, series, middle_of, interval_of, **options):
@@ -228,6 +236,7 @@ def finish_axes(axes, curves, goal, log=False):
         axes.yaxis.set_major_formatter("{x:,g}")
     else:
         axes.xaxis.set_major_locator(pyplot().MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(lambda y, _: thousands(y))
     axes.xaxis.set_major_formatter(lambda x, _: thousands(x))
     if goal is not None:
         axes.axhline(goal[0], **GOAL)

@@ -44,6 +44,7 @@ from figures import (
     draw_curves,
     draw_intervals,
     pyplot,
+    reaches,
     save,
     short_names,
     styles,
@@ -514,7 +515,7 @@ def runs_table(groups, looks):
         cells = [looks[algorithm].name, env_id, seeds, span(ends)]
         lines.append(table_row(cells))
         where = f"{looks[algorithm].name} on {env_id}"
-        early = [run.seed for run, end in zip(group, ends) if end < max(ends)]
+        early = [run.seed for run, end in zip(group, ends) if not reaches(end, max(ends))]
         if early:
             notes.append(
                 f"{where}: seed{'s' * (len(early) > 1)} {', '.join(early)} end"

@@ -217,6 +217,9 @@ def test_runs_on_a_common_grid():
     grid, values = figures.align(long, most=100)
     assert len(grid) <= 102 and 500 in grid and grid[-1] == 999
     assert values[0] == pytest.approx(grid) and np.isnan(values[1][grid > 500]).all()
+    episodes = [(np.array([5, 1000]), np.array([1.0, 2.0])), (np.array([5, 991]), np.ones(2))]
+    grid, values = figures.align(episodes)  # the last episode of a whole run ends a little earlier
+    assert grid.tolist() == [5, 991, 1000] and values[1].tolist() == [1, 1, 1]
 
 
 def test_a_curve_is_thin_where_fewer_seeds_are_left():
