@@ -20,7 +20,6 @@ import math
 import random
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -70,7 +69,6 @@ class Search:
             pruner=pruner,
             load_if_exists=True,
         )
-        self.begin, self.finished_before = time.monotonic(), len(self.trials(*FINISHED))
 
     def trials(self, *states):
         return self.study.get_trials(deepcopy=False, states=states or None)
@@ -180,8 +178,9 @@ class Search:
             line += f"; best {self.objective.text(best.value)} (trial {best.number})"
         line += f"; {n} of {self.args.trials} trials"
         if n < self.args.trials:
-            each = (time.monotonic() - self.begin) / (n - self.finished_before)
-            line += f", about {each * (self.args.trials - n) / 60:.0f} min left"
+            each = np.median([t.duration.total_seconds() for t in self.trials(*FINISHED)])
+            left = each * (self.args.trials - n) / self.args.jobs
+            line += f", about {left / 60:.0f} min left"
         print(line, flush=True)
 
     def measure(self, settings, seeds):
@@ -193,7 +192,9 @@ class Search:
 
     def told(self, run):
         yield from self.runs.follow(run)
-        print(f"{run}: ended", flush=True)
+        result = self.runs.result(run)
+        text = result["error"] or self.objective.text(self.objective.value(result))
+        print(f"{run}: {text}", flush=True)
 
     def winner(self):
         """The best trial: of --finalists trials the one that is best with more seeds, too."""
@@ -201,7 +202,7 @@ class Search:
         if not complete:
             found = [trial.user_attrs.get("error") for trial in self.trials(TrialState.PRUNED)]
             reason = next(filter(None, found), "all were pruned")
-            sys.exit(f"error: no trial came to its end, {reason}")
+            sys.exit(f"error: no trial came to its end: {reason}")
         ranked = {}  # the first of equal trials
         for trial in sorted(complete, key=lambda trial: -self.objective.sign * trial.value):
             ranked.setdefault(flags_of(trial.params, self.arguments), trial)

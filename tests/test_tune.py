@@ -594,6 +594,8 @@ def test_ten_kills(repository, tmp_path):
     before = steps_of(study)
     for steps in before.values():  # each step once, in order, until the run's end
         assert steps.split() == [str(i + 1) for i in range(len(steps.split()))]
+    for place in before:  # runs outlive the tool: each was started once
+        assert len((study / place / "pids").read_text().split()) == 1
     # every complete trial has both seeds, and the value that an unkilled search gives it
     for trial in study_of_optuna.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
         rate, gamma = (float(f"{trial.params[k]:.4g}") for k in ("learning_rate", "gamma"))
