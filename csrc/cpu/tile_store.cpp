@@ -129,7 +129,7 @@ TileStore::TileStore(int64_t rows, int64_t num_envs, const TileShape& shape, int
 int64_t TileStore::bytes() const {
   int64_t bytes = dictionary_.bytes() + log_.bytes();
   for (const Game& game : games_) {
-    bytes += game.most_bytes + frame_bytes() + layout_.positions * 4;
+    bytes += game.largest + frame_bytes() + layout_.positions * 4;
     bytes += static_cast<int64_t>(sizeof(Game)) + n_chunks_ * static_cast<int64_t>(sizeof(Chunk));
   }
   return bytes;
@@ -162,11 +162,21 @@ void TileStore::add_frame(int64_t index, const uint8_t* frame) {
   if (open.raw) {
     std::memcpy(game.buffer.get() + open.bytes, frame, static_cast<size_t>(frame_bytes()));
     open.bytes += frame_bytes();
-  } else if (open.bytes + game.new_tiles * TileDictionary::kBytes > raw_bytes()) {
+  } else if (open.bytes + game.new_tiles * TileDictionary::kBytes > most_bytes(game, frame_index)) {
     make_raw(game, open, frame_index + 1);
   }
-  game.most_bytes = std::max(game.most_bytes, open.bytes);
-  if (frame_index == kChunkFrames - 1) open.data = log_.push(open.data, open.bytes);
+  game.largest = std::max(game.largest, open.bytes);
+  if (frame_index == kChunkFrames - 1) {
+    open.data = log_.push(open.data, open.bytes);
+    game.was_raw = open.raw;
+  }
+}
+
+// Above this the open chunk, with the tiles that it brought, becomes raw. A chunk that follows a
+// raw one must be small from its third frame on, so that endless noise is soon stored raw.
+int64_t TileStore::most_bytes(const Game& game, int frame_index) const {
+  return game.was_raw ? std::min<int64_t>(frame_index + 3, kChunkFrames) * frame_bytes()
+                      : raw_bytes();
 }
 
 void TileStore::begin(Game& game, Chunk& open, int frame_index) {
@@ -454,7 +464,7 @@ void TileStore::restore(int64_t added, const uint8_t* tiles, int64_t n_tiles,
     if (frame < kChunkFrames - 1) {
       std::memcpy(game.buffer.get(), last.data, static_cast<size_t>(last.bytes));
       last.data = game.buffer.get();
-      game.most_bytes = last.bytes;
+      game.largest = last.bytes;
     }
     for (int64_t number = game.oldest; number <= newest / kChunkFrames; ++number) {
       const Chunk& each = chunk(game, number);

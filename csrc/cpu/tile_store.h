@@ -88,9 +88,10 @@ class TileStore {
   struct Game {
     std::vector<Chunk> chunks;          // a ring, by chunk number
     std::unique_ptr<uint8_t[]> buffer;  // the open chunk
-    int64_t most_bytes = 0;             // of an open chunk so far
+    int64_t largest = 0;                // of an open chunk so far
     int64_t new_tiles = 0;              // that the open chunk brought to the dictionary
     int64_t oldest = 0;                 // the number of the oldest chunk
+    bool was_raw = false;               // whether the last chunk that was closed is raw
     bool has_ids = false;               // whether `ids` are those of the last frame
     int64_t shift = 0;                  // of its chunks' borders, 0 to 31
     std::vector<uint32_t> ids;
@@ -121,6 +122,7 @@ class TileStore {
 
   void add_frame(int64_t index, const uint8_t* frame);
   bool code(Game& game, Chunk& chunk, int frame_index, const uint8_t* frame);
+  int64_t most_bytes(const Game& game, int frame_index) const;
   void begin(Game& game, Chunk& chunk, int frame_index);
   void make_raw(Game& game, Chunk& chunk, int frames_end);
   void drop_overwritten();
