@@ -83,13 +83,17 @@ struct ChunkLayout {
   void load_keys(const uint8_t* chunk, uint32_t* ids) const {
     for (int64_t i = 0; i < positions; ++i) ids[i] = key_at(chunk, i);
   }
-  // The id of a change: the low bytes of a word.
-  static uint32_t id_at(const uint8_t* change) {
-    uint32_t bits;
-    std::memcpy(&bits, change, sizeof bits);
-    return bits & kIdMask;
+  // The first four bytes of a change: its id and, above it, its position if that is one byte.
+  static uint32_t word_at(const uint8_t* change) {
+    uint32_t word;
+    std::memcpy(&word, change, sizeof word);
+    return word;
   }
-  int64_t position_at(const uint8_t* change) const { return read_count(change + kIdBytes); }
+  static uint32_t id_at(const uint8_t* change) { return word_at(change) & kIdMask; }
+  int64_t position_at(const uint8_t* change) const {
+    const uint32_t high = word_at(change) >> 24;
+    return count_bytes == 1 ? high : high | int64_t{change[4]} << 8;
+  }
   void set_change(uint8_t* change, uint32_t id, int64_t position) const {
     std::memcpy(change, &id, sizeof id);
     write_count(change + kIdBytes, position);

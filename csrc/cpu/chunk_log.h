@@ -9,12 +9,18 @@
 #include <memory>
 #include <utility>
 
+#include "cpu/huge_pages.h"
+
 namespace fastreplay {
 
 class ChunkLog {
  public:
   explicit ChunkLog(int64_t longest_string)
-      : segment_bytes_(std::max(kLeastSegment, kStrings * longest_string)) {}
+      : segment_bytes_(std::max(kLeastSegment, kStrings * longest_string)) {
+    if (segment_bytes_ > kHugePage / 2) {
+      segment_bytes_ = (segment_bytes_ + kHugePage - 1) / kHugePage * kHugePage;
+    }
+  }
   ~ChunkLog() {
     free_all(front_);
     free_all(spare_);
@@ -26,7 +32,7 @@ class ChunkLog {
   void reserve(int64_t strings) {
     for (; spares_ * kStrings < strings; ++spares_) {
       auto segment = std::make_unique<Segment>();
-      segment->bytes.reset(new uint8_t[static_cast<size_t>(segment_bytes_)]);
+      segment->bytes = allocate(segment_bytes_);
       segment->next = std::move(spare_);
       spare_ = std::move(segment);
     }
@@ -65,7 +71,7 @@ class ChunkLog {
  private:
   static constexpr int64_t kStrings = 8, kLeastSegment = 1 << 16;
   struct Segment {
-    std::unique_ptr<uint8_t[]> bytes;
+    Memory bytes;
     int64_t used = 0, strings = 0;
     std::unique_ptr<Segment> next;
   };
@@ -74,7 +80,7 @@ class ChunkLog {
     while (first != nullptr) first = std::unique_ptr<Segment>(std::move(first->next));
   }
 
-  const int64_t segment_bytes_;
+  int64_t segment_bytes_;
   std::unique_ptr<Segment> front_, spare_;
   Segment* back_ = nullptr;
   int64_t segments_ = 0, spares_ = 0;

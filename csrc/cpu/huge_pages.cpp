@@ -1,5 +1,7 @@
 #include "cpu/huge_pages.h"
 
+#include <new>
+
 #ifdef __unix__
 #include <sys/mman.h>
 #endif
@@ -17,6 +19,17 @@ bool use_huge_pages(void* memory, int64_t bytes) {
   (void)bytes;
   return false;
 #endif
+}
+
+Memory allocate(int64_t bytes) {
+  const bool huge = bytes % kHugePage == 0;
+  const int64_t alignment = huge ? kHugePage : 64;
+  const int64_t whole = (bytes + alignment - 1) / alignment * alignment;
+  void* const memory =
+      std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(whole));
+  if (memory == nullptr) throw std::bad_alloc();
+  if (huge) use_huge_pages(memory, whole);
+  return Memory(static_cast<uint8_t*>(memory));
 }
 
 }  // namespace fastreplay

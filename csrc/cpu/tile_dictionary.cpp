@@ -1,8 +1,6 @@
 #include "cpu/tile_dictionary.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "core/philox.h"
 
@@ -13,8 +11,6 @@
 
 namespace fastreplay {
 namespace {
-
-constexpr size_t kCacheLine = 64;
 
 uint64_t word(const uint8_t* at) {
   uint64_t bits;
@@ -49,31 +45,18 @@ uint64_t TileDictionary::hash_of(const uint8_t* pixels) {
 
 TileDictionary::TileDictionary(int64_t max_tiles) : max_tiles_(max_tiles) {}
 
-TileDictionary::~TileDictionary() {
-  for (int i = 0; i < kSegments; ++i) {
-    std::free(tiles_[i]);
-    std::free(next_[i]);
-    std::free(heads_[i]);
-  }
-}
-
 void TileDictionary::reserve(int64_t tiles) {
   const int64_t needed = std::min(end_ + tiles, max_tiles_ + 1);
   while (room_ < needed) {
     const int64_t i = room_ >> kSegmentBits;
-    // A segment that already exists was made by a call that ran out of memory.
-    if (tiles_[i] == nullptr) {
-      const size_t bytes = sizeof(Tile) * kSegment;
-      tiles_[i] = static_cast<Tile*>(std::aligned_alloc(kCacheLine, bytes));
-    }
-    if (next_[i] == nullptr) {
-      next_[i] = static_cast<uint32_t*>(std::malloc(sizeof(uint32_t) * kSegment));
-    }
+    // What is there already was allocated by a call that ran out of memory.
+    if (!tiles_[i]) tiles_[i] = allocate(int64_t{sizeof(Tile)} * kSegment);
+    if (!next_[i]) next_[i] = allocate(int64_t{sizeof(uint32_t)} * kSegment);
     // There are never more buckets than tiles, but for the first level's.
-    if (heads_[i] == nullptr) {
-      heads_[i] = static_cast<uint32_t*>(std::calloc(kSegment, sizeof(uint32_t)));
+    if (!heads_[i]) {
+      heads_[i] = allocate(int64_t{sizeof(uint32_t)} * kSegment);
+      std::memset(heads_[i].get(), 0, sizeof(uint32_t) * kSegment);
     }
-    if (tiles_[i] == nullptr || next_[i] == nullptr || heads_[i] == nullptr) throw std::bad_alloc();
     room_ += kSegment;
   }
 }
@@ -153,8 +136,8 @@ void TileDictionary::release(uint32_t id) {
 }
 
 int64_t TileDictionary::bytes() const {
-  const int64_t used = end_ * static_cast<int64_t>(sizeof(Tile) + sizeof(uint32_t));
-  return used + static_cast<int64_t>(buckets() * sizeof(uint32_t));
+  const int64_t segments = (end_ + kSegment - 1) / kSegment;  // touching a huge page takes it all
+  return segments * kSegment * int64_t{sizeof(Tile)} + (end_ + int64_t(buckets())) * 4;
 }
 
 void TileDictionary::restore(const uint8_t* pixels, int64_t n) {

@@ -18,10 +18,9 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <vector>
 
 #include "core/tiles.h"
+#include "cpu/huge_pages.h"
 
 namespace fastreplay {
 
@@ -35,9 +34,6 @@ class TileDictionary {
 
   // `max_tiles` is from 1 to 2^24 - 1.
   explicit TileDictionary(int64_t max_tiles);
-  ~TileDictionary();
-  TileDictionary(const TileDictionary&) = delete;
-  TileDictionary& operator=(const TileDictionary&) = delete;
 
   // Makes room for `tiles` new tiles, or for as many as may still come.
   void reserve(int64_t tiles);
@@ -79,11 +75,14 @@ class TileDictionary {
   static constexpr int kSegments = 1 << (24 - kSegmentBits);
   static constexpr int kFirstLevel = 10;
 
-  Tile& tile(uint32_t id) const { return tiles_[id >> kSegmentBits][id & (kSegment - 1)]; }
-  uint32_t& next(uint32_t id) const { return next_[id >> kSegmentBits][id & (kSegment - 1)]; }
-  uint32_t& head(uint64_t bucket) const {
-    return heads_[bucket >> kSegmentBits][bucket & (kSegment - 1)];
+  // Element i of segments of T.
+  template <typename T>
+  static T& at(const Memory* segments, uint64_t i) {
+    return reinterpret_cast<T*>(segments[i >> kSegmentBits].get())[i & (kSegment - 1)];
   }
+  Tile& tile(uint32_t id) const { return at<Tile>(tiles_, id); }
+  uint32_t& next(uint32_t id) const { return at<uint32_t>(next_, id); }
+  uint32_t& head(uint64_t bucket) const { return at<uint32_t>(heads_, bucket); }
   uint64_t buckets() const { return (uint64_t{1} << level_) + split_; }
   uint64_t bucket_of(uint64_t hash) const {
     const uint64_t bucket = hash & ((uint64_t{2} << level_) - 1);
@@ -93,9 +92,7 @@ class TileDictionary {
   void split();
 
   // Segments that do not exist yet are null.
-  Tile* tiles_[kSegments] = {};
-  uint32_t* next_[kSegments] = {};
-  uint32_t* heads_[kSegments] = {};
+  Memory tiles_[kSegments], next_[kSegments], heads_[kSegments];
   int64_t max_tiles_, room_ = 0;  // room_: ids of the segments that exist, id 0 included
   int64_t count_ = 0, end_ = 1;
   uint32_t free_ = 0;  // the first free id below end_; 0: none

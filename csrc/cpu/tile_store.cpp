@@ -360,6 +360,13 @@ void TileStore::read_coded(const Tiles& tiles, const Chunk& chunk, int first, in
                            uint8_t* out) const {
   uint32_t* const ids = ids_of_thread(layout_.positions);
   const uint8_t* change = load_ids(chunk, first, ids);
+  int64_t following = 0;
+  for (int frame = first + 1; frame < first + n; ++frame) {
+    following += layout_.changed(chunk.data, frame);
+  }
+  for (int64_t i = 0; i < following; ++i) {
+    dictionary_.prefetch(ChunkLayout::id_at(change + i * layout_.change_bytes));
+  }
   write_frame(dictionary_, tiles, offsets_.data(), ids, out);
   for (int frame = first + 1; frame < first + n; ++frame) {
     std::memcpy(out + frame_bytes(), out, static_cast<size_t>(frame_bytes()));
@@ -378,8 +385,15 @@ const uint8_t* TileStore::load_ids(const Chunk& chunk, int frame, uint32_t* ids)
   int64_t changed = 0;
   for (int f = 0; f <= frame; ++f) changed += layout_.changed(chunk.data, f);
   const uint8_t* change = chunk.data + layout_.changes;
-  for (; changed > 0; --changed, change += layout_.change_bytes) {
-    ids[layout_.position_at(change)] = ChunkLayout::id_at(change);
+  if (layout_.count_bytes == 1) {
+    for (; changed > 0; --changed, change += 4) {
+      const uint32_t word = ChunkLayout::word_at(change);
+      ids[word >> 24] = word & kIdMask;
+    }
+  } else {
+    for (; changed > 0; --changed, change += layout_.change_bytes) {
+      ids[layout_.position_at(change)] = ChunkLayout::id_at(change);
+    }
   }
   return change;
 }

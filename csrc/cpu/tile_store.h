@@ -15,8 +15,8 @@
 // reference, and tiles without references are freed. So there are up to 31 rows of each game more
 // than the ring needs, and the capacity is exact.
 //
-// Memory is bounded, whatever the frames show, by 1.4 times that of plain frames and 24 bytes a
-// chunk, and for each game 64 frames more:
+// Memory is bounded, whatever the frames show, by 1.4 times that of plain frames, 24 bytes a chunk,
+// 64 frames a game and two segments of 2 MiB:
 //   - a chunk whose bytes, plus 40 for each tile that it brought, exceed those of its frames holds
 //     the frames raw. Noise is stored like this. So is a chunk that needs a new tile when the
 //     dictionary is full;
