@@ -36,7 +36,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
-    buffer_size: int = 1_000_000  # agent steps kept for replay; 7.1 kB each
+    buffer_size: int = 1_000_000  # agent steps kept for replay; up to 7.1 kB each
     gamma: float = 0.99  # discount factor
     n_step: int = 1  # rewards summed before the bootstrap
     tau: float = 1.0  # theta^- <- tau theta + (1 - tau) theta^-; 1 copies the network
@@ -213,6 +213,8 @@ class RunArgs(Args):
     torch_threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
     # FrameReplay in NumPy, or fastreplay's on the CPU or GPU; `auto` takes the best that is built
     buffer: Literal["auto", "numpy", "cpp", "cuda"] = "auto"
+    # Frames as they are, or compact and lossless in tiles; `auto`: tiles with --buffer cpp
+    replay_storage: Literal["auto", "plain", "tiles"] = "auto"
     bfloat16: bool = False  # compute the features in bfloat16; weights and optimiser stay float32
     compile: bool = False  # torch.compile the loss (needs a C++ compiler; 30 s at the first update)
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
@@ -235,9 +237,9 @@ class RunArgs(Args):
 NOTEBOOK = "ipykernel" in sys.modules  # %run in a cell: streams and SIGTERM are the kernel's
 VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
 FRAMES_PER_SECOND = 60  # of a film: those of the game
-FIXED_WITH_REPLAY = ("buffer", "buffer_size", "gamma", "n_step")  # what a saved replay depends on
+FIXED_WITH_REPLAY = ("buffer", "replay_storage", "buffer_size", "gamma", "n_step")  # if saved
 ENV_DEFAULTS = {}  # defaults that depend on --env-id
-BYTES_PER_ROW = 84 * 84 + 14  # of the replay
+BYTES_PER_ROW = {"plain": 84 * 84 + 14, "tiles": 650}  # of the replay; few games take more
 
 
 class FrameReplay:
@@ -381,6 +383,7 @@ def make_replay(args: RunArgs, device: torch.device, **options):
     # Stacks come scaled, in the layout that the convolutions want.
     options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
     options["device"] = device if args.buffer == "cuda" else "cpu"
+    options["storage"] = "tiles" if args.replay_storage == "tiles" else "auto"
     try:
         replay = fastreplay.FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options)
     except (MemoryError, RuntimeError, ValueError) as e:
@@ -755,7 +758,7 @@ class Run:
         state["episodes"] = self.episodes
         args = asdict(self.args) | {"resume": None, "evaluate": None}
         if "replay" not in state:
-            args["buffer"] = "auto"  # any will do for the resumed run
+            args["buffer"] = args["replay_storage"] = "auto"  # any will do for the resumed run
         state |= {"script": Path(__file__).stem, "args": args}
         return save_checkpoint(self.folder / "checkpoint.pt", state)
 
@@ -783,7 +786,9 @@ class Run:
             self.writer = log.file_writer
         except OSError as e:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
-        replay = f"{args.buffer} replay of {args.buffer_size * BYTES_PER_ROW / 1e9:.1f} GB"
+        each = BYTES_PER_ROW[args.replay_storage]
+        replay = f"{args.buffer} replay, {args.replay_storage}, about {each} bytes a step, "
+        replay += f"{args.buffer_size * each / 1e9:.1f} GB"
         print(f"{args.exp_name}: {args.env_id}, {replay}, all in {self.folder}", flush=True)
         if args.buffer == "cuda":
             print(self.replay)  # where its frames found room
@@ -853,6 +858,8 @@ class Run:
             self.episodes += 1
             episode = {"charts/episodic_return": episode_return, "charts/episodic_length": length}
             self.write(episode, step)
+        if self.due(max(args.buffer_size // 10, 1)) and memory_warning(args, self.replay):
+            tqdm.write(memory_warning(args, self.replay), file=sys.stderr)
         if not self.due(args.log_frequency):
             return
         if args.buffer == "cuda":
@@ -1091,12 +1098,29 @@ def check_replay_args(args: RunArgs, must) -> None:
     stored = args.buffer_size // args.num_envs * args.num_envs
     for name in ("learning_starts", "batch_size"):
         must(name, f"at most {stored}, what --buffer-size holds", getattr(args, name) <= stored)
+    if args.replay_storage == "auto":
+        args.replay_storage = "tiles" if args.buffer == "cpp" else "plain"
+    rule = f"plain or auto with --buffer {args.buffer}"
+    must("replay_storage", rule, args.buffer == "cpp" or args.replay_storage == "plain")
     free = free_memory()
     if args.buffer == "cuda":  # on the GPU, or else in the machine's memory
         free = max(free, int(0.9 * torch.cuda.mem_get_info()[0]))
-    fits = free // BYTES_PER_ROW // 1_000 * 1_000
+    fits = free // BYTES_PER_ROW[args.replay_storage] // 1_000 * 1_000
     must("buffer_size", f"at most {fits} to fit into memory", args.buffer_size <= fits)
     must("buffer_size", f"at most {2**27}", args.buffer_size <= 2**27)
+
+
+def memory_warning(args: RunArgs, replay) -> str:
+    """What to do if the rest of the replay, in tiles, needs more memory than there is; else ""."""
+    stored, free = len(replay), free_memory()
+    if args.replay_storage == "plain" or not stored:
+        return ""
+    held, more = replay.nbytes / 1e9, replay.nbytes * (args.buffer_size / stored - 1) / 1e9
+    return (more > max(free / 1e9, 0.1)) * (
+        f"warning: {stored} of {args.buffer_size} steps of the replay take {held:.1f} GB, and the "
+        f"others may need {more:.1f} GB, of which {free / 1e9:.1f} GB are free: stop with Ctrl-C, "
+        "and run with a smaller --buffer-size"
+    )
 
 
 def free_memory() -> int:

@@ -12,7 +12,7 @@ python=${PYTHON:-python}
 show=
 threads=2
 kind=${1:?address or thread}
-tests=(tests/test_sum_tree.py tests/test_frame_replay.py tests/test_cuda.py)
+tests=(tests/test_sum_tree.py tests/test_frame_replay.py tests/test_tiles.py tests/test_cuda.py)
 case $kind in
   address)
     flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"

@@ -209,6 +209,64 @@ def test_a_checkpoint_without_its_replay_resumes_with_any_buffer(in_tmp, monkeyp
     assert script.load_checkpoint(path)["global_step"] == 1000
 
 
+@pytest.mark.parametrize("name", ["dqn_atari", "rainbow_atari"])
+def test_tiles_and_plain_frames_give_the_same_weights(name, in_tmp, monkeypatch, capsys):
+    if "cpp" not in fastreplay_backends():
+        pytest.skip("fastreplay is not compiled")
+    script, ends = load(name), {}
+    options = small(name) | {"buffer": "cpp", "eval_episodes": 0, "checkpoint_replay": True}
+    for storage in ("plain", "tiles", "auto"):
+        main_in_process(script, options | {"replay_storage": storage}, monkeypatch)
+        ends[storage] = script.load_checkpoint(checkpoint_of(in_tmp))
+        shutil.rmtree(in_tmp / "runs")
+    assert "frames" in ends["plain"]["replay"] and "tiles" in ends["tiles"]["replay"]
+    assert ends["auto"]["args"]["replay_storage"] == "tiles"
+    for part in ("q_network", "optimizer", "envs"):
+        assert same(ends["plain"][part], ends["tiles"][part])
+        assert same(ends["tiles"][part], ends["auto"][part])
+    output = capsys.readouterr().out
+    assert "cpp replay, plain, about 7070 bytes a step, 0.0 GB" in output
+    assert "cpp replay, tiles, about 650 bytes a step, 0.0 GB" in output
+
+
+def fastreplay_backends():
+    return load("dqn_atari").fastreplay.backends() if load("dqn_atari").fastreplay else ()
+
+
+def test_a_replay_that_outgrows_the_memory_is_announced(in_tmp, monkeypatch, capsys):
+    script = load("dqn_atari")
+    args = script.RunArgs(buffer_size=1_000_000, replay_storage="tiles")
+    cases = [(100_000, 8e9, True), (100_000, 10e9, False), (990_000, 0, False), (500_000, 0, True)]
+    for stored, free, warns in cases:
+        monkeypatch.setattr(script, "free_memory", lambda free=free: int(free))
+        replay = SizedReplay(stored, 10**9)
+        warning = script.memory_warning(args, replay)
+        assert bool(warning) == warns, (stored, free)
+    assert warning == (
+        "warning: 500000 of 1000000 steps of the replay take 1.0 GB, and the others may need 1.0 "
+        "GB, of which 0.0 GB are free: stop with Ctrl-C, and run with a smaller --buffer-size"
+    )
+    args.replay_storage = "plain"  # its memory was checked at the start
+    assert script.memory_warning(args, replay) == ""
+
+    monkeypatch.undo()
+    monkeypatch.chdir(in_tmp)
+    monkeypatch.setattr(script, "memory_warning", lambda args, replay: "warning: too large")
+    options = small("dqn_atari") | {"eval_episodes": 0}
+    main_in_process(script, options, monkeypatch)
+    assert "warning: too large" in capsys.readouterr().err
+
+
+class SizedReplay:
+    """A replay of which only the size matters."""
+
+    def __init__(self, stored, nbytes):
+        self.stored, self.nbytes = stored, nbytes
+
+    def __len__(self):
+        return self.stored
+
+
 @pytest.mark.parametrize("name", [CARTPOLE[0], ATARI[0]])
 def test_an_evaluation_needs_only_the_network(name, in_tmp, monkeypatch, capsys):
     """Not the saved run's memory, replay, GPU, W&B or steps. It may be from another machine."""
@@ -488,6 +546,7 @@ def test_wrong_kind_of_environment_names_the_right_file(in_tmp):
 
 ATARI_LIMITS = [
     ({"buffer": "cuda"}, "--buffer must be another: "),
+    ({"buffer": "numpy", "replay_storage": "tiles"}, "--replay-storage must be plain or auto with"),
     ({"n_step": 1001}, "--n-step must be at most 1000"),
     ({"n_step": 0}, "--n-step must be positive"),
     ({"buffer_size": 140_000_000}, "--buffer-size must be at most"),

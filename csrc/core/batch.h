@@ -16,13 +16,14 @@ struct RingLayout {
   int64_t rows;         // of each game
   int64_t num_envs;     // games
   int64_t frame_bytes;  // of one frame
+  int64_t frame_width;  // bytes of one row of its pixels
   int stack;            // 1 to 8
   int n_step;           // 1 to 1000
 };
 
 // Owned by the caller. Zeroed, except for the frames, which may be uninitialised.
 struct RingMemory {
-  uint8_t* frames;  // (num_envs, rows, frame_bytes)
+  uint8_t* frames;  // (num_envs, rows, frame_bytes); null: the ring keeps them in tiles (CPU only)
   int32_t* actions;
   float* rewards;
   uint8_t* flags;

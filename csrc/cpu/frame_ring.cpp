@@ -10,7 +10,6 @@
 #include "cpu/thread_pool.h"
 
 #ifdef __unix__
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
@@ -40,6 +39,10 @@ FrameRing::FrameRing(const RingLayout& layout, const RingMemory& memory, const f
                      SumTree* tree, int threads)
     : layout_(layout),
       memory_(memory),
+      tiles_(memory.frames != nullptr
+                 ? nullptr
+                 : std::make_unique<TileStore>(layout.rows, layout.num_envs,
+                                               TileShape(layout.frame_bytes, layout.frame_width))),
       powers_(powers),
       tree_(tree),
       threads_(threads),
@@ -71,6 +74,7 @@ void FrameRing::add(const uint8_t* frames, int64_t frame_stride, const int32_t* 
                     const uint8_t* episode_starts) {
   changed_.clear();
   changed_leaves_.clear();
+  if (tiles_ != nullptr) tiles_->add(frames, frame_stride);
   const int64_t slot = head_;
   const bool first = stored_ == 0, full = stored_ == layout_.rows;
   for (int64_t game = 0; game < layout_.num_envs; ++game) {
@@ -80,8 +84,10 @@ void FrameRing::add(const uint8_t* frames, int64_t frame_stride, const int32_t* 
       changed_.push_back(index);
       changed_leaves_.push_back(0);
     }
-    std::memcpy(memory_.frames + index * layout_.frame_bytes, frames + game * frame_stride,
-                static_cast<size_t>(layout_.frame_bytes));
+    if (tiles_ == nullptr) {
+      std::memcpy(memory_.frames + index * layout_.frame_bytes, frames + game * frame_stride,
+                  static_cast<size_t>(layout_.frame_bytes));
+    }
     memory_.actions[index] = actions[game];
     memory_.rewards[index] = rewards[game];
     // Nothing precedes the first row, so it always opens an episode.
@@ -132,6 +138,7 @@ void FrameRing::draw(uint64_t seed, uint64_t call, int64_t n, int64_t* out) cons
 
 void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* next,
                             const FrameOutput& format, uint8_t* out) const {
+  if (tiles_ != nullptr) return write_stack_of_tiles(game, slot, depth, frames, format, out);
   const int64_t bytes = layout_.frame_bytes;
   const uint8_t* ring = memory_.frames + game * layout_.rows * bytes;
   const int blanks = frames - 1 - depth;  // frames of zeros before the opening frame
@@ -159,6 +166,29 @@ void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames, c
   }
 }
 
+void FrameRing::write_stack_of_tiles(int64_t game, int64_t slot, int depth, int frames,
+                                     const FrameOutput& format, uint8_t* out) const {
+  static thread_local std::vector<uint8_t> of_thread;
+  const int64_t bytes = layout_.frame_bytes;
+  const bool in_place = format.output == Output::kCopy && !format.channels_last;
+  if (!in_place && static_cast<int64_t>(of_thread.size()) < frames * bytes) {
+    of_thread.resize(static_cast<size_t>(frames * bytes));
+  }
+  uint8_t* const plain = in_place ? out : of_thread.data();
+  const int64_t blanks = (frames - 1 - depth) * bytes;
+  std::memset(plain, 0, static_cast<size_t>(blanks));
+  const int64_t first = slot - depth < 0 ? slot - depth + layout_.rows : slot - depth;
+  tiles_->read(game, first, depth + 1, plain + blanks);
+  if (in_place) return;
+  if (!format.channels_last) {
+    convert(plain, frames * bytes, plain, format.output, format.scale, out);
+    return;
+  }
+  const uint8_t* sources[8];
+  for (int s = 0; s < frames; ++s) sources[s] = plain + s * bytes;
+  interleave(sources, frames, bytes, format.output, format.scale, out);
+}
+
 void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& format,
                            const BatchMemory& batch, int64_t sample) const {
   __builtin_prefetch(memory_.flags + next);
@@ -167,6 +197,7 @@ void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& forma
   // The stack of `next` usually begins at this row.
   const int64_t oldest = std::max<int64_t>(next - layout_.stack + 1, 0);
   const uint8_t* next_frames = memory_.frames + oldest * layout_.frame_bytes;
+  if (tiles_ != nullptr) tiles_->prefetch(next / layout_.rows, next % layout_.rows);
 
   const int64_t game = index / layout_.rows, slot = index % layout_.rows;
   const Ring ring = this->ring(game);
@@ -254,19 +285,6 @@ int64_t mark_drawable(uint8_t* flags, int64_t num_envs, int64_t rows, int64_t st
     }
   }
   return count;
-}
-
-bool use_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
-#else
-  (void)memory;
-  (void)bytes;
-  return false;
-#endif
 }
 
 }  // namespace fastreplay

@@ -2,7 +2,8 @@
 // stored once (memory layout: core/batch.h; rules: core/window.h).
 //
 // The rows of a game are contiguous, so a stack is one contiguous block, or two if it wraps around.
-// All games share one write head, because every add() writes one row of each.
+// All games share one write head, because every add() writes one row of each. Without memory for
+// the frames, a TileStore keeps them; nothing else differs.
 //
 // Invariants
 //   - flag kDrawable of a stored row is drawable() of window.h, and n_drawable counts these rows;
@@ -22,11 +23,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/batch.h"
 #include "core/window.h"
 #include "cpu/sum_tree.h"
+#include "cpu/tile_store.h"
 
 namespace fastreplay {
 
@@ -44,7 +47,13 @@ class FrameRing {
   int64_t n_drawable() const { return n_drawable_; }
   uint32_t max_leaf() const { return max_leaf_; }
 
-  // Stores one row of each game. `frame_stride`: bytes from one game's frame to the next.
+  // Null if the frames are plain.
+  const TileStore* tiles() const { return tiles_.get(); }
+  // Replaces it by another one for the same layout; restore() follows.
+  void set_tiles(std::unique_ptr<TileStore> tiles) { tiles_ = std::move(tiles); }
+
+  // Stores one row of each game. `frame_stride`: bytes from one game's frame to the next. Throws
+  // std::bad_alloc and changes nothing if tiles need memory and there is none.
   void add(const uint8_t* frames, int64_t frame_stride, const int32_t* actions,
            const float* rewards, const uint8_t* terminations, const uint8_t* episode_starts);
 
@@ -83,9 +92,12 @@ class FrameRing {
   // Prefetches the memory at `next`.
   void write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* next,
                    const FrameOutput& format, uint8_t* out) const;
+  void write_stack_of_tiles(int64_t game, int64_t slot, int depth, int frames,
+                            const FrameOutput& format, uint8_t* out) const;
 
   RingLayout layout_;
   RingMemory memory_;
+  std::unique_ptr<TileStore> tiles_;
   const float* powers_;
   SumTree* tree_;
   int threads_;
@@ -102,8 +114,5 @@ class FrameRing {
 // number of drawable rows.
 int64_t mark_drawable(uint8_t* flags, int64_t num_envs, int64_t rows, int64_t stored, int64_t head,
                       int stack, int n_step);
-
-// Advises the kernel to back this memory with huge pages. Returns whether it accepted.
-bool use_huge_pages(void* memory, int64_t bytes);
 
 }  // namespace fastreplay

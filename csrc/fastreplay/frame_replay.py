@@ -19,6 +19,8 @@ from fastreplay._state import check_equal, check_integers, check_keys, check_ten
 from fastreplay.sum_tree import SumTree
 
 DRAWABLE, ALL_FLAGS = 4, 15  # RowFlag of csrc/core/window.h: kDrawable, and all of them
+MAX_TILED_FRAME = 2**18  # bytes
+TILE_BYTES = 28  # kTileBytes of csrc/core/tiles.h
 UNIFORM = "this replay is uniform: construct it with prioritized=True"
 
 
@@ -58,9 +60,11 @@ class FrameReplay:
         threads: number of threads that copy a batch, 1 to 256. The default is torch's own threads
             (torch.set_num_threads) or, if torch has no GNU OpenMP, one per core, at most 4.
         device: "cpu", or "cuda", "cuda:1"... for a replay on that GPU.
-        storage: where a replay on a GPU stores its frames: "device", "host" for pinned host memory,
-            which the GPU reads over the bus, or "auto" for the first of the two that has room. The
-            attribute `storage` is the one in use.
+        storage: how and where frames are stored. "tiles", on the CPU: compact and lossless, a
+            thirtieth or less of the plain size for most Atari games, for uint8 frames of at most
+            2^18 bytes. The others are plain: on a GPU "device", "host" for pinned host memory,
+            which the GPU reads over the bus, or "auto" for the first of the two that has room; on
+            the CPU all three are its memory. The attribute `storage` is the one in use.
 
     Raises ValueError for a value out of range and TypeError for a wrong type. A replay can be
     pickled and deep-copied. Threads may share a replay; a call that waits for another call releases
@@ -70,6 +74,12 @@ class FrameReplay:
     tensors on that GPU. Every call runs on the current stream, after all earlier calls of the
     replay on any stream. `add`, `sample(out=...)` and `update_priorities` do not allocate or wait
     for the GPU, except that `sample` waits until one call has found a drawable row.
+
+    Tiles: frames are cut into tiles of 2x14 bytes, and tiles that occur again are stored once.
+    Batches are those of plain frames, bit for bit. The memory grows with what the frames show (see
+    `nbytes`). Frames that do not repeat, such as noise, are kept plain, 32 rows of a game at a
+    time, so that the worst case takes at most 1.4 times the plain memory. If memory runs out, `add`
+    raises MemoryError and changes nothing.
 
     CUDA graphs: `sample`, `update_priorities` and, with tensors on the GPU, `add` can be captured.
     Each launch of the graph continues the draws and uses the current `per_beta`; other attributes
@@ -141,10 +151,19 @@ class FrameReplay:
             byte_frames and len(frame_shape) == 2 and stack is not None
         ):
             raise ValueError("channels_last is for stacks of two-dimensional uint8 frames")
-        if storage not in ("auto", "device", "host"):
-            raise ValueError(f"storage must be auto, device or host, not {storage}")
+        if storage not in ("auto", "device", "host", "tiles"):
+            raise ValueError(f"storage must be auto, device, host or tiles, not {storage}")
+        if storage == "tiles" and not byte_frames:
+            raise TypeError(f"storage='tiles' is for uint8 frames, not {frame_dtype}")
+        if storage == "tiles" and math.prod(frame_shape) > MAX_TILED_FRAME:
+            raise ValueError(
+                f"storage='tiles' is for frames of at most {MAX_TILED_FRAME} bytes, and those of "
+                f"frame_shape {frame_shape} have {math.prod(frame_shape)}: omit storage"
+            )
 
         backend = Backend(device)
+        if storage == "tiles" and backend.is_cuda:
+            raise ValueError("storage='tiles' is for device='cpu': omit one of the two")
         self._backend, self.device = backend, backend.torch_device
         self.capacity, self.frame_shape, self.num_envs = capacity, frame_shape, num_envs
         self.stack, self.n_step, self.gamma = stack, n_step, gamma
@@ -162,7 +181,7 @@ class FrameReplay:
         self._tree = SumTree(leaves, per_alpha, seed, device) if prioritized else None
         powers = [gamma**k for k in range(n_step + 1)]
         powers = torch.tensor(powers, dtype=torch.float32, device=self.device)
-        memory = (self._frames, self._actions, self._rewards, self._flags, powers)
+        memory: tuple[Any, ...] = (self._frames, self._actions, self._rewards, self._flags, powers)
         ring = backend.module.FrameRing
         if backend.is_cuda:
             row_bytes = ring.row_bytes(num_envs, self._frames[0, 0].nbytes)
@@ -181,7 +200,11 @@ class FrameReplay:
         )
         self.per_beta = per_beta
 
-    def _allocate_frames(self, storage: str) -> Tensor:
+    def _allocate_frames(self, storage: str) -> Tensor | None:
+        """The memory of plain frames. Sets `storage`."""
+        if storage == "tiles":
+            self.storage = storage
+            return None
         shape = (self.num_envs, self.rows, *self.frame_shape)
         self.storage = "host"
         if not self._backend.is_cuda:
@@ -205,6 +228,7 @@ class FrameReplay:
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.frame_shape))
         frames = f", frames on the {self.storage}" if self._backend.is_cuda else ""
+        frames = ", frames in tiles" if self._frames is None else frames
         kind = "prioritized" if self.prioritized else "uniform"
         return (
             f"FrameReplay({self.capacity} rows of {shape}, {self.num_envs} games, {kind}, "
@@ -230,6 +254,17 @@ class FrameReplay:
         if self._tree is None:
             raise RuntimeError(UNIFORM)
         return self._ring.max_leaf / 2**20
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the replay takes now: all its rows, also if they are not stored yet, and of
+        tiles what is in use."""
+        tensors = [self._actions, self._rewards, self._flags]
+        if self._tree is not None:
+            tensors += [self._tree._leaves, self._tree._inner]
+        if self._frames is None:
+            return sum(tensor.nbytes for tensor in tensors) + self._ring.tile_counts()[2]
+        return sum(tensor.nbytes for tensor in [*tensors, self._frames])
 
     def __len__(self) -> int:
         """Stored rows of all games. On a GPU, waits if a captured `add` may have run."""
@@ -319,6 +354,9 @@ class FrameReplay:
         the tensors are the replay's own memory: save or copy them before the next call. For a
         replay on a GPU they are copies on the CPU, except frames with storage "host". A state may
         be loaded on another device. On a GPU, waits for the GPU.
+
+        With storage "tiles", the frames are saved in their compact form and copied: instead of
+        "frames" there are "tiles" (n, 28) uint8, the chunks of each game, and their sizes.
         """
         self.check()
         stored = self._ring.stored
@@ -329,7 +367,13 @@ class FrameReplay:
         state = self._fixed() | {"stored": stored, "head": self._ring.head}
         state |= {"calls": self._ring.calls, "seed": self._ring.seed}
         state |= {"max_leaf": self._ring.max_leaf}
-        state |= {"frames": rows(self._frames), "actions": rows(self._actions)}
+        if self._frames is None:
+            tiles, sizes, chunks = self._ring.tile_state()
+            state |= {"added": self._ring.tile_counts()[0], "tiles": tiles.view(-1, TILE_BYTES)}
+            state |= {"chunk_sizes": sizes, "chunks": chunks}
+        else:
+            state["frames"] = rows(self._frames)
+        state["actions"] = rows(self._actions)
         state |= {"rewards": rows(self._rewards), "flags": rows(self._flags)}
         if self._tree is not None:
             firsts = range(0, self.num_envs * self.rows, self.rows)
@@ -355,7 +399,13 @@ class FrameReplay:
                 if not torch.equal(leaves.cpu() != 0, (flags[game, :stored] & DRAWABLE) != 0):
                     raise ValueError("the state is damaged: its priorities do not match its rows")
         self.check()
-        for name in ("frames", "actions", "rewards"):
+        if self._frames is None:
+            pieces = [[x.cpu().contiguous() for x in state[k]] for k in ("chunk_sizes", "chunks")]
+            self._ring.restore_tiles(state["added"], state["tiles"].cpu().contiguous(), *pieces)
+        copied = (
+            ("actions", "rewards") if self._frames is None else ("actions", "rewards", "frames")
+        )
+        for name in copied:
             for mine, theirs in zip(getattr(self, f"_{name}"), state[name]):
                 mine[:stored] = theirs
         self._flags.copy_(flags)
@@ -422,13 +472,22 @@ class FrameReplay:
 
     def _check_state(self, state: Any) -> tuple[int, int]:
         """Checks that a state fits. Returns its number of stored rows and its write head."""
-        tensors = {"frames": self.frame_dtype, "actions": torch.int32, "rewards": torch.float32}
-        tensors["flags"] = torch.uint8
+        tensors = {"actions": torch.int32, "rewards": torch.float32, "flags": torch.uint8}
+        tiles = ["added", "tiles", "chunk_sizes", "chunks"] if self._frames is None else []
+        if not tiles:
+            tensors["frames"] = self.frame_dtype
         if self._tree is not None:
             tensors["leaves"] = torch.int32
         integers = {"stored": (0, self.rows), "head": (0, self.rows - 1), "calls": (0, 2**64 - 1)}
         integers |= {"seed": (0, 2**64 - 1), "max_leaf": (2**20, 2**32 - 1)}
-        check_keys(state, [*self._fixed(), *integers, *tensors], "FrameReplay")
+        there, here = ("frames", "tiles") if tiles else ("tiles", "frames")
+        if isinstance(state, dict) and there in state and here not in state:
+            kinds = {"frames": "plain frames", "tiles": "tiles"}
+            raise ValueError(
+                f"the state has {kinds[there]}, but the object has {kinds[here]}: "
+                "construct it with the same storage"
+            )
+        check_keys(state, [*self._fixed(), *integers, *tensors, *tiles], "FrameReplay")
         check_equal(state, self._fixed())
         check_integers(state, integers)
         stored, head = state["stored"], state["head"]
@@ -441,7 +500,24 @@ class FrameReplay:
                 raise ValueError(f"the state is damaged: {name} must be of {self.num_envs} games")
             for game in games:
                 check_tensor(game, name, dtype, shape)
+        if tiles:
+            self._check_tiles(state)
         return stored, head
+
+    def _check_tiles(self, state: dict[str, Any]) -> None:
+        stored, head, added = state["stored"], state["head"], state["added"]
+        check_integers(state, {"added": (stored, 2**62)})
+        if added % self.rows != head or min(added, self.rows) != stored:
+            raise ValueError(f"the state is damaged: {stored} rows stored of {added}")
+        for name, dtype in (("chunk_sizes", torch.int64), ("chunks", torch.uint8)):
+            games = state[name]
+            if not isinstance(games, (list, tuple)) or len(games) != self.num_envs:
+                raise ValueError(f"the state is damaged: {name} must be of {self.num_envs} games")
+            for game in games:
+                check_tensor(game, name, dtype, (game.numel(),) if torch.is_tensor(game) else ())
+        tiles = state["tiles"]
+        length = len(tiles) if torch.is_tensor(tiles) and tiles.dim() else 0
+        check_tensor(tiles, "tiles", torch.uint8, (length, TILE_BYTES))
 
 
 def _integer(name: str, value: Any, low: int | None = None, high: int = 0) -> int:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/batch.h"
+#include "core/tiles.h"
 #include "python/tensor_view.h"
 
 namespace fastreplay {
@@ -146,6 +147,13 @@ struct FrameFormat {
   int64_t bytes() const {
     int64_t n = float_frames ? 4 : 1;
     for (const int64_t side : shape) n *= side;
+    return n;
+  }
+
+  // Bytes of a row of pixels: of the last axis, or of as many as make a row of a tile.
+  int64_t width() const {
+    int64_t n = float_frames ? 4 : 1;
+    for (size_t d = shape.size(); d > 0 && n < kLeastTileRow; --d) n *= shape[d - 1];
     return n;
   }
 

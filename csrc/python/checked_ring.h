@@ -41,8 +41,8 @@ class CheckedRing {
  public:
   using Tree = CheckedTree<typename Ring::Tree>;
 
-  // `memory`: frames (num_envs, rows, *frame_shape), actions, rewards, flags, powers
-  // (gamma^0 .. gamma^n_step), and whatever else the backend needs.
+  // `memory`: frames (num_envs, rows, *frame_shape) or None (tiles), actions (num_envs, rows),
+  // rewards, flags, powers (gamma^0 .. gamma^n_step), and whatever else the backend needs.
   CheckedRing(const py::tuple& memory, const py::object& tree, const Device& device,
               const py::tuple& frame_shape, const std::string& frame_dtype,
               const std::string& output_dtype, int stack, bool stack_axis, int threads,
@@ -151,9 +151,9 @@ class CheckedRing {
   }
 
   static RingLayout make_layout(const py::tuple& memory, const FrameFormat& format) {
-    const TensorView frames = view(memory[0], "frames"), powers = view(memory[4], "powers");
-    return {frames.shape[1], frames.shape[0], format.bytes(), format.stack,
-            static_cast<int>(powers.shape[0]) - 1};
+    const TensorView actions = view(memory[1], "actions"), powers = view(memory[4], "powers");
+    return {actions.shape[1], actions.shape[0], format.bytes(),
+            format.width(),   format.stack,     static_cast<int>(powers.shape[0]) - 1};
   }
 
   const Device device_;

@@ -130,13 +130,14 @@ class CpuRing {
  public:
   using Tree = CpuTree;
 
-  // `memory`: frames, actions, rewards, flags, powers.
+  // `memory`: frames or None (tiles), actions, rewards, flags, powers.
   CpuRing(const py::tuple& memory, CpuTree* tree, const Device&, const RingLayout& layout,
           int threads)
       : tree_(tree),
         ring_(layout,
-              {view(memory[0], "frames").as<uint8_t>(), view(memory[1], "actions").as<int32_t>(),
-               view(memory[2], "rewards").as<float>(), view(memory[3], "flags").as<uint8_t>()},
+              {memory[0].is_none() ? nullptr : view(memory[0], "frames").as<uint8_t>(),
+               view(memory[1], "actions").as<int32_t>(), view(memory[2], "rewards").as<float>(),
+               view(memory[3], "flags").as<uint8_t>()},
               view(memory[4], "powers").as<const float>(), tree == nullptr ? nullptr : &tree->tree,
               threads),
         actions_(static_cast<size_t>(layout.num_envs)),
@@ -203,6 +204,75 @@ class CpuRing {
     ring_.restore(state.stored, state.head, state.max_leaf, state.n_drawable);
     calls_ = state.calls;
     if (tree_ != nullptr) tree_->set_calls(state.calls);
+  }
+
+  // The frames of a ring that stores tiles, as tensors: (bytes of the tiles from id 1 on, [bytes of
+  // each chunk] of each game, [the chunks' bytes] of each game). TileStore::restore() takes them.
+  py::tuple tile_state() {
+    const Lock lock(mutex_);
+    const TileStore& tiles = *ring_.tiles();
+    const TileDictionary& dictionary = tiles.dictionary();
+    const auto tensor = [](int64_t n, DType dtype, const char* name) {
+      py::object owner = empty_1d(n, dtype);
+      const TensorView memory = view(owner, name);
+      return std::make_pair(std::move(owner), memory);
+    };
+    auto [pixels, pixel_memory] =
+        tensor((dictionary.end() - 1) * kTileBytes, DType::kUint8, "tiles");
+    for (int64_t i = 1; i < dictionary.end(); ++i) {
+      const uint32_t id = static_cast<uint32_t>(i);
+      uint8_t* const to = pixel_memory.as<uint8_t>() + (i - 1) * kTileBytes;
+      std::memcpy(to, dictionary.pixels(id), kTileBytes);
+      if (dictionary.references(id) == 0) std::memset(to, 0, kTileBytes);
+    }
+    py::list sizes, chunks;
+    for (int64_t game = 0; game < tiles.num_envs(); ++game) {
+      const std::vector<int64_t> of_game = tiles.chunk_sizes(game);
+      const int64_t n = static_cast<int64_t>(of_game.size());
+      int64_t total = 0;
+      for (const int64_t size : of_game) total += std::abs(size);
+      auto [size_tensor, size_memory] = tensor(n, DType::kInt64, "chunk_sizes");
+      std::copy(of_game.begin(), of_game.end(), size_memory.as<int64_t>());
+      auto [chunk_tensor, chunk_memory] = tensor(total, DType::kUint8, "chunks");
+      tiles.copy_chunks(game, chunk_memory.as<uint8_t>());
+      sizes.append(size_tensor);
+      chunks.append(chunk_tensor);
+    }
+    return py::make_tuple(pixels, sizes, chunks);
+  }
+
+  // Replaces the frames by those of a state. ValueError if it is damaged; nothing changes then.
+  void restore_tiles(int64_t added, const py::object& pixels, const py::list& sizes,
+                     const py::list& chunks) {
+    const TileStore& old = *ring_.tiles();
+    const TensorView pixel_memory = view(pixels, "tiles");
+    std::vector<TileStore::Chunks> games;
+    for (int64_t game = 0; game < old.num_envs(); ++game) {
+      const TensorView of_sizes = view(sizes[static_cast<size_t>(game)], "chunk_sizes");
+      const TensorView of_chunks = view(chunks[static_cast<size_t>(game)], "chunks");
+      const int64_t* const first = of_sizes.as<const int64_t>();
+      games.push_back({std::vector<int64_t>(first, first + of_sizes.numel()),
+                       of_chunks.as<const uint8_t>(), of_chunks.numel()});
+    }
+    auto restored = std::make_unique<TileStore>(old.rows(), old.num_envs(), old.shape());
+    restored->restore(added, pixel_memory.as<const uint8_t>(), pixel_memory.numel() / kTileBytes,
+                      games);
+    const Lock lock(mutex_);
+    ring_.set_tiles(std::move(restored));
+  }
+
+  // Of a ring that stores tiles: rows added to each game, tiles, bytes in use.
+  py::tuple tile_counts() {
+    const Lock lock(mutex_);
+    const TileStore& tiles = *ring_.tiles();
+    return py::make_tuple(tiles.added(), tiles.dictionary().tiles(), tiles.bytes());
+  }
+
+  void check_tiles() {
+    const Lock lock(mutex_);
+    if (!ring_.tiles()->is_valid()) {
+      throw std::runtime_error("the tiles are damaged: a count of references is wrong");
+    }
   }
 
   void check() const {}  // errors are never deferred

@@ -1,0 +1,35 @@
+#include "cpu/huge_pages.h"
+
+#include <new>
+
+#ifdef __unix__
+#include <sys/mman.h>
+#endif
+
+namespace fastreplay {
+
+bool use_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  (void)memory;
+  (void)bytes;
+  return false;
+#endif
+}
+
+Memory allocate(int64_t bytes) {
+  const bool huge = bytes % kHugePage == 0;
+  const int64_t alignment = huge ? kHugePage : 64;
+  const int64_t whole = (bytes + alignment - 1) / alignment * alignment;
+  void* const memory =
+      std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(whole));
+  if (memory == nullptr) throw std::bad_alloc();
+  if (huge) use_huge_pages(memory, whole);
+  return Memory(static_cast<uint8_t*>(memory));
+}
+
+}  // namespace fastreplay

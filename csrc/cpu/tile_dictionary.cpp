@@ -1,0 +1,182 @@
+#include "cpu/tile_dictionary.h"
+
+#include <cstring>
+
+#include "core/philox.h"
+
+// Tests build with fewer bits, so that the hashes of different tiles are equal.
+#ifndef FR_TILE_HASH_BITS
+#define FR_TILE_HASH_BITS 64
+#endif
+
+namespace fastreplay {
+namespace {
+
+uint64_t word(const uint8_t* at) {
+  uint64_t bits;
+  std::memcpy(&bits, at, sizeof bits);
+  return bits;
+}
+
+// The two halves of a * b, combined.
+uint64_t fold(uint64_t a, uint64_t b) { return (a * b) ^ mulhi64(a, b); }
+
+// A link: the id, and above it a tag.
+uint32_t link_to(uint32_t id, uint64_t hash) {
+  return id | static_cast<uint32_t>(hash >> 56) << 24;
+}
+
+bool equal(const uint8_t* a, const uint8_t* b) {
+  const uint64_t differs = (word(a) ^ word(b)) | (word(a + 8) ^ word(b + 8)) |
+                           (word(a + 16) ^ word(b + 16)) | (word(a + 20) ^ word(b + 20));
+  return differs == 0;
+}
+
+}  // namespace
+
+uint64_t TileDictionary::hash_of(const uint8_t* pixels) {
+  const uint64_t low =
+      fold(word(pixels) ^ 0x9FB21C651E98DF25, word(pixels + 8) ^ 0xD6E8FEB86659FD93);
+  const uint64_t high =
+      fold(word(pixels + 16) ^ 0xC2B2AE3D27D4EB4F, word(pixels + 20) ^ 0xA0761D6478BD642F);
+  const uint64_t hash = fold(low ^ 0x8EBC6AF09C88C6E3, high ^ 0x589965CC75374CC3);
+  return FR_TILE_HASH_BITS == 64 ? hash : hash & ((uint64_t{1} << (FR_TILE_HASH_BITS % 64)) - 1);
+}
+
+TileDictionary::TileDictionary(int64_t max_tiles) : max_tiles_(max_tiles) {}
+
+void TileDictionary::reserve(int64_t tiles) {
+  const int64_t needed = std::min(end_ + tiles, max_tiles_ + 1);
+  while (room_ < needed) {
+    const int64_t i = room_ >> kSegmentBits;
+    // What is there already was allocated by a call that ran out of memory.
+    if (!tiles_[i]) tiles_[i] = allocate(int64_t{sizeof(Tile)} * kSegment);
+    if (!next_[i]) next_[i] = allocate(int64_t{sizeof(uint32_t)} * kSegment);
+    // There are never more buckets than tiles, but for the first level's.
+    if (!heads_[i]) {
+      heads_[i] = allocate(int64_t{sizeof(uint32_t)} * kSegment);
+      std::memset(heads_[i].get(), 0, sizeof(uint32_t) * kSegment);
+    }
+    room_ += kSegment;
+  }
+}
+
+void TileDictionary::link(uint32_t id, uint64_t hash) {
+  if (static_cast<uint64_t>(count_) > buckets()) split();
+  uint32_t& first = head(bucket_of(hash));
+  next(id) = first;
+  first = link_to(id, hash);
+}
+
+// Moves the tiles of bucket split_ whose next bit of the hash is 1 to a new last bucket.
+void TileDictionary::split() {
+  uint32_t& from = head(split_);
+  uint32_t stay = 0, move = 0;
+  for (uint32_t link = from; link != 0;) {
+    const uint32_t id = link & kIdMask;
+    uint32_t& to = hash_of(pixels(id)) >> level_ & 1 ? move : stay;
+    const uint32_t after = next(id);
+    next(id) = to;
+    to = link;
+    link = after;
+  }
+  from = stay;
+  head((uint64_t{1} << level_) + split_) = move;
+  if (++split_ == uint64_t{1} << level_) {
+    ++level_;
+    split_ = 0;
+  }
+}
+
+uint32_t TileDictionary::acquire(const uint8_t* pixels, uint64_t hash, bool& is_new) {
+  for (uint32_t link = head(bucket_of(hash)); link != 0; link = next(link & kIdMask)) {
+    if (link >> 24 != hash >> 56) continue;
+    Tile& found = tile(link & kIdMask);
+    // A tile whose count is at its limit gets a twin.
+    if (equal(found.pixels, pixels) && found.references != UINT32_MAX) {
+      ++found.references;
+      return link & kIdMask;
+    }
+  }
+  uint32_t id = free_;
+  if (id != 0) {
+    free_ = next(id);
+  } else if (end_ <= max_tiles_) {
+    id = static_cast<uint32_t>(end_++);
+  } else {
+    return 0;
+  }
+  is_new = true;
+  Tile& added = tile(id);
+  std::memcpy(added.pixels, pixels, kTileBytes);
+  added.references = 1;
+  ++count_;
+  link(id, hash);
+  return id;
+}
+
+uint32_t TileDictionary::retain(uint32_t id, bool& is_new) {
+  Tile& found = tile(id);
+  if (found.references == UINT32_MAX) {
+    return acquire(found.pixels, hash_of(found.pixels), is_new);
+  }
+  ++found.references;
+  return id;
+}
+
+void TileDictionary::release(uint32_t id) {
+  Tile& found = tile(id);
+  if (--found.references != 0) return;
+  uint32_t* link = &head(bucket_of(hash_of(found.pixels)));
+  while ((*link & kIdMask) != id) link = &next(*link & kIdMask);
+  *link = next(id);
+  next(id) = free_;
+  free_ = id;
+  --count_;
+}
+
+int64_t TileDictionary::bytes() const {
+  const int64_t segments = (end_ + kSegment - 1) / kSegment;  // touching a huge page takes it all
+  return segments * kSegment * int64_t{sizeof(Tile)} + (end_ + int64_t(buckets())) * 4;
+}
+
+void TileDictionary::restore(const uint8_t* pixels, int64_t n) {
+  reserve(n);
+  for (; end_ <= n; ++end_) {
+    Tile& added = tile(static_cast<uint32_t>(end_));
+    std::memcpy(added.pixels, pixels + (end_ - 1) * kTileBytes, kTileBytes);
+    added.references = 0;
+  }
+}
+
+void TileDictionary::finish_restore() {
+  for (int64_t i = end_ - 1; i > 0; --i) {
+    const uint32_t id = static_cast<uint32_t>(i);
+    if (tile(id).references == 0) {
+      next(id) = free_;
+      free_ = id;
+    } else {
+      ++count_;
+      link(id, hash_of(pixels(id)));
+    }
+  }
+}
+
+bool TileDictionary::is_valid() const {
+  int64_t linked = 0, with_references = 0, free = 0;
+  for (int64_t i = 1; i < end_; ++i) with_references += references(static_cast<uint32_t>(i)) != 0;
+  for (uint64_t bucket = 0; room_ > 0 && bucket < buckets(); ++bucket) {
+    for (uint32_t link = head(bucket); link != 0; link = next(link & kIdMask), ++linked) {
+      const uint32_t id = link & kIdMask;
+      const uint64_t hash = hash_of(pixels(id));
+      if (id >= end_ || references(id) == 0 || bucket_of(hash) != bucket) return false;
+      if (link != link_to(id, hash) || linked > count_) return false;
+    }
+  }
+  for (uint32_t id = free_; id != 0; id = next(id)) {
+    if (references(id) != 0 || ++free > end_) return false;
+  }
+  return linked == count_ && with_references == count_ && free + count_ == end_ - 1;
+}
+
+}  // namespace fastreplay

@@ -1,0 +1,334 @@
+"""FrameReplay(storage="tiles") beside plain frames, bit for bit, and the bound on its memory.
+
+test_frame_replay.py runs all its tests on tiles, too. tile_store_test.cpp, which this file compiles
+and runs, tests the C++ class alone, also with a hash of 3 bits.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_frame_replay import Games, saved_and_loaded
+
+fastreplay = pytest.importorskip("fastreplay")
+if not fastreplay.backends():
+    pytest.skip("fastreplay is not compiled", allow_module_level=True)
+
+from fastreplay import FrameReplay  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def noise(rng, n, shape):
+    while True:
+        yield rng.integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def constant(rng, n, shape):
+    while True:
+        yield np.full((n, *shape), 7, np.uint8)
+
+
+def moving_dot(rng, n, shape):
+    frames = np.zeros((n, *shape), np.uint8)
+    flat = frames.reshape(n, -1)
+    while True:
+        flat[np.arange(n), rng.integers(0, flat.shape[1], n)] ^= 3
+        yield frames
+
+
+def fade(rng, n, shape):
+    frames = next(noise(rng, n, shape))
+    while True:
+        frames = frames + np.uint8(1)
+        yield frames
+
+
+def flashes(rng, n, shape):
+    """A new scene, then black and white in turns."""
+    while True:
+        yield next(noise(rng, n, shape))
+        for _ in range(rng.integers(2, 40)):
+            yield np.full((n, *shape), rng.choice([0, 255]), np.uint8)
+
+
+def scroll(rng, n, shape):
+    frames = next(noise(rng, n, shape))
+    while True:
+        frames = np.roll(frames, 1, axis=1)
+        yield frames
+
+
+def mixed(rng, n, shape):
+    sources = [source(rng, n, shape) for source in SOURCES[:-1]]
+    while True:
+        source = rng.choice(len(sources))
+        for _ in range(rng.integers(1, 60)):
+            yield next(sources[source])
+
+
+SOURCES = [noise, constant, moving_dot, fade, flashes, scroll, mixed]
+
+
+def rows_of(source, shape, num_envs, seed=0):
+    """Arguments of add() without end."""
+    rng = np.random.default_rng(seed)
+    games, frames = Games(num_envs, rng, ends=0.05), source(rng, num_envs, shape)
+    while True:
+        yield (next(frames), *games.step()[1:])
+
+
+def pair(capacity, shape, **options):
+    """The same replay with plain frames and with tiles."""
+    return [
+        FrameReplay(capacity, shape, **options, storage=storage) for storage in ("auto", "tiles")
+    ]
+
+
+def assert_equal(plain, tiles, n=16):
+    """Equal draws and batches; each tile is counted correctly."""
+    assert all(map(torch.equal, plain.sample(n), tiles.sample(n)))
+    tiles._ring.check_tiles()
+
+
+SHAPES = [(84, 84), (1, 1), (4,), (2, 2), (7, 9), (9, 8), (17, 33), (64, 64), (3, 20, 20), (96, 1)]
+OPTIONS = [
+    {},
+    {"n_step": 3, "memory_format": torch.channels_last, "output_dtype": torch.float32},
+    {"prioritized": True, "output_dtype": torch.bfloat16, "stack": 2},
+    {"stack": None, "num_envs": 1},
+    {"n_step": 5, "output_dtype": torch.float16, "num_envs": 33, "threads": 2},
+    {"memory_format": torch.channels_last, "stack": 8, "threads": 3},
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles_give_the_batches_of_plain_frames(source, shape):
+    """Each source and shape, with options in turn: growing, full and overwritten."""
+    options = OPTIONS[(SHAPES.index(shape) + SOURCES.index(source)) % len(OPTIONS)]
+    if len(shape) != 2:
+        options = options | {"memory_format": torch.contiguous_format}
+    options = {"num_envs": 3, "seed": 4} | options
+    n = options["num_envs"]
+    replays = pair(70 * n, shape, **options)
+    for step, row in zip(range(240), rows_of(source, shape, n)):
+        for replay in replays:
+            replay.add(*row)
+        if step > 5 and step % 9 == 0:
+            assert_equal(*replays)
+    plain, tiles = replays
+    rows = torch.arange(70 * n)
+    drawable = rows[plain.drawable(rows)]
+    assert torch.equal(drawable, rows[tiles.drawable(rows)]) and len(drawable) > 30 * n
+    assert all(map(torch.equal, plain.gather(drawable), tiles.gather(drawable)))
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (256, 256), (210, 160), (250, 7), (512, 512)])
+def test_large_frames_in_tiles(shape):
+    plain, tiles = replays = pair(90, shape)
+    for step, row in zip(range(150), rows_of(mixed, shape, 1)):
+        for replay in replays:
+            replay.add(*row)
+        if step > 5 and step % 15 == 0:
+            assert_equal(plain, tiles, n=3)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("steps", [0, 1, 20, 31, 32, 100, 333])
+def test_a_state_of_tiles_continues(source, steps):
+    options = {"num_envs": 3, "prioritized": True, "seed": 2}
+    plain, tiles = pair(300, (20, 28), **options)
+    rows = rows_of(source, (20, 28), 3)
+    for _, row in zip(range(steps), rows):
+        plain.add(*row)
+        tiles.add(*row)
+    twin = FrameReplay(300, (20, 28), **options, storage="tiles")
+    for _, row in zip(range(50), rows_of(mixed, (20, 28), 3, seed=9)):
+        twin.add(*row)
+    twin.load_state_dict(saved_and_loaded(tiles.state_dict()))
+    twin._ring.check_tiles()
+    assert twin._ring.tile_counts()[:2] == tiles._ring.tile_counts()[:2]
+    for step, row in zip(range(150), rows):
+        for replay in (plain, tiles, twin):
+            replay.add(*row)
+        if step % 10 == 5:
+            batch = plain.sample(16)
+            for replay in (tiles, twin):
+                assert all(map(torch.equal, batch, replay.sample(16)))
+                replay._ring.check_tiles()
+            tiles.load_state_dict(tiles.state_dict())
+
+
+def filled_with(source, steps, capacity=300, shape=(84, 84), num_envs=2):
+    replay = FrameReplay(capacity, shape, num_envs=num_envs, storage="tiles")
+    for _, row in zip(range(steps), rows_of(source, shape, num_envs)):
+        replay.add(*row)
+    return replay
+
+
+def test_an_emptied_ring_holds_no_tile():
+    replay = filled_with(moving_dot, 100)
+    assert replay._ring.tile_counts()[1] > 30
+    replay.load_state_dict(FrameReplay(300, (84, 84), num_envs=2, storage="tiles").state_dict())
+    assert replay._ring.tile_counts()[:2] == (0, 0) and len(replay) == 0
+
+
+def test_tiles_of_overwritten_frames_are_freed():
+    replay = filled_with(flashes, 300)
+    many = replay._ring.tile_counts()[1]
+    for _, row in zip(range(300), rows_of(constant, (84, 84), 2)):
+        replay.add(*row)
+    assert many > 500 and replay._ring.tile_counts()[1] == 1
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_memory_is_bounded_whatever_the_frames(source):
+    """The stated bound: 1.4 times plain frames, 64 frames a game, and two segments of 2 MiB."""
+    replay = filled_with(source, 1500, capacity=2000)
+    plain = 2000 * 7056
+    assert replay.nbytes <= 1.4 * plain + 2 * 64 * 7056 + 2 * 2**21
+    replay._ring.check_tiles()
+
+
+def test_repeating_frames_take_a_thirtieth():
+    replay = filled_with(moving_dot, 10_000, capacity=20_000)
+    assert replay.nbytes - 2 * 2**21 < 20_000 * 7056 / 30
+
+
+def test_tiles_take_memory_only_for_rows_that_are_stored():
+    replay = FrameReplay(1_000_000, (84, 84), num_envs=8, storage="tiles")
+    assert replay.nbytes < 1_000_000 * (9 + 2) + 5_000_000
+
+
+def state_of(replay, **changes):
+    return replay.state_dict() | changes
+
+
+DAMAGES = [
+    ({"added": 99}, "rows stored of 99"),
+    ({"added": None}, "added must be"),
+    ({"tiles": torch.zeros(3, 27, dtype=torch.uint8)}, "tiles must be"),
+    ({"tiles": torch.zeros(3, 28)}, "tiles must be"),
+    ({"tiles": torch.zeros(1, 28, dtype=torch.uint8)}, "a tile that is missing"),
+    ({"tiles": torch.zeros(2**15, 28, dtype=torch.uint8)}, "too many tiles"),
+    ({"tiles": None}, "tiles must be"),
+    ({"chunks": 5}, "chunks must be of 2 games"),
+    ({"chunks": [torch.zeros(9, dtype=torch.uint8)] * 2}, "cut off"),
+    ({"chunks": [torch.zeros(9)] * 2}, "chunks must be"),
+    ({"chunk_sizes": [torch.zeros(0, dtype=torch.int64)] * 2}, "is missing"),
+    ({"chunk_sizes": [torch.full((3,), 10**9)] * 2}, "is missing|cut off"),
+    ({"chunk_sizes": [None, None]}, "chunk_sizes must be"),
+]
+
+
+@pytest.mark.parametrize("changes, words", DAMAGES)
+def test_a_damaged_state_of_tiles_changes_nothing(changes, words):
+    replay, twin = (filled_with(moving_dot, 70, shape=(20, 28)) for _ in range(2))
+    other = filled_with(mixed, 70, shape=(20, 28))
+    with pytest.raises(ValueError, match=words):
+        replay.load_state_dict(state_of(other, **changes))
+    assert_equal(twin, replay)
+    for name in ("added", "tiles", "chunk_sizes", "chunks"):
+        state = other.state_dict()
+        del state[name]
+        with pytest.raises(ValueError, match=name):
+            replay.load_state_dict(state)
+
+
+def test_random_damage_is_refused_or_harmless():
+    """Cut and changed bytes: the state is refused, or what is loaded can be used."""
+    rng = np.random.default_rng(0)
+    good = filled_with(moving_dot, 90, shape=(20, 28)).state_dict()
+    refused = 0
+    for _ in range(300):
+        replay = FrameReplay(300, (20, 28), num_envs=2, storage="tiles")
+        state = good | {"chunks": [x.clone() for x in good["chunks"]]}
+        game = state["chunks"][rng.integers(2)]
+        if rng.random() < 0.3:
+            cut = rng.integers(len(state["tiles"]))
+            state["tiles"] = state["tiles"][:cut]
+        else:
+            at = rng.integers(0, len(game), rng.integers(1, 4))
+            game[at] = torch.from_numpy(rng.integers(0, 256, len(at), dtype=np.uint8))
+        try:
+            replay.load_state_dict(state)
+        except ValueError:
+            refused += 1
+            assert len(replay) == 0
+            continue
+        replay._ring.check_tiles()
+        replay.sample(32)
+        for _, row in zip(range(200), rows_of(moving_dot, (20, 28), 2)):
+            replay.add(*row)
+        replay._ring.check_tiles()
+    assert 100 < refused < 300
+
+
+def test_states_of_tiles_and_plain_frames_are_told_apart():
+    plain, tiles = pair(40, (2, 2))
+    with pytest.raises(ValueError, match="the state has plain frames, but the object has tiles"):
+        tiles.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="the state has tiles, but the object has plain frames"):
+        plain.load_state_dict(tiles.state_dict())
+
+
+def test_frames_that_tiles_cannot_hold_are_refused(emulation):
+    with pytest.raises(TypeError, match=r"storage='tiles' is for uint8 frames, not torch\.float32"):
+        FrameReplay(40, (4,), frame_dtype=torch.float32, storage="tiles")
+    with pytest.raises(ValueError, match=r"at most 262144 bytes, and those of .* have 263169"):
+        FrameReplay(40, (513, 513), storage="tiles")
+    with pytest.raises(ValueError, match="storage must be auto, device, host or tiles, not plain"):
+        FrameReplay(40, (4,), storage="plain")
+    with pytest.raises(ValueError, match="storage='tiles' is for device='cpu'"):
+        FrameReplay(40, (4,), storage="tiles", device="cuda")
+
+
+def test_the_storage_is_shown():
+    replay = FrameReplay(40, (84, 84), storage="tiles")
+    assert replay.storage == "tiles" and "frames in tiles" in repr(replay)
+
+
+def test_frames_of_games_are_compact_and_exact():
+    """Thousands of real frames, with resets, in a ring that is overwritten."""
+    vector = pytest.importorskip("ale_py.vector_env")
+    for name in ("pong", "enduro"):
+        env = vector.AtariVectorEnv(name, num_envs=2, stack_num=1)
+        obs, _ = env.reset(seed=1)
+        plain, tiles = pair(1600, (84, 84), num_envs=2, threads=1)
+        rng, starts, over = np.random.default_rng(0), np.ones(2, bool), np.zeros(2, bool)
+        for step in range(2000):
+            actions = rng.integers(0, env.single_action_space.n, 2)
+            frames = obs[:, -1]
+            obs, rewards, terminations, truncations, _ = env.step(actions)
+            for replay in (plain, tiles):
+                replay.add(frames, actions, rewards, terminations, starts)
+            starts, over = over, terminations | truncations
+            if step > 10 and step % 50 == 0:
+                assert_equal(plain, tiles, n=32)
+        env.close()
+        data = sum(len(chunks) for chunks in tiles.state_dict()["chunks"])
+        data += tiles.state_dict()["tiles"].numel()
+        assert data < plain._frames.nbytes / (6 if name == "enduro" else 20)
+
+
+@pytest.mark.parametrize("bits", [64, 3])
+def test_random_operations_on_the_store(tmp_path, bits):
+    """Millions of operations beside plain frames, and with 3 bits of hash: tiles always collide."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path / "tile_store_test"
+    command = [compiler, "-std=c++17", "-O1", f"-DFR_TILE_HASH_BITS={bits}", f"-I{ROOT / 'csrc'}"]
+    sources = [ROOT / "tests" / "tile_store_test.cpp", *(ROOT / "csrc" / "cpu").glob("tile_*.cpp")]
+    sources += [ROOT / "csrc" / "cpu" / "huge_pages.cpp"]
+    flags = os.environ.get("CFLAGS", "").split()
+    subprocess.run([*command, *flags, *sources, "-o", program], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    for seed in range(3):
+        run = subprocess.run([program, str(seed), "120000"], env=environment, capture_output=True)
+        assert run.stdout.decode() == "ok\n" and run.returncode == 0, run.stdout + run.stderr
