@@ -61,7 +61,7 @@ class Search:
         pruner = optuna.pruners.NopPruner()
         if args.pruner == "hyperband":
             resource = objective.n_evaluations * len(args.seeds)
-            pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=resource)
+            pruner = optuna.pruners.HyperbandPruner(args.prune_after, resource)
         self.study = optuna.create_study(
             storage=f"sqlite:///{runs.folder.resolve() / 'study.db'}",
             study_name=args.script,
@@ -262,6 +262,7 @@ def parse_args():
     add("--sampler", choices=("tpe", "random", "grid", "cmaes"), default="tpe")
     add("--sampler-seed", type=int, default=0)
     add("--pruner", choices=("none", "hyperband"), default="none")
+    add("--prune-after", type=int, default=1, help="evaluations before the pruner first compares")
     add("--finalists", type=int, default=1, help="best trials that --finalist-seeds choose from")
     add("--finalist-seeds", type=int, nargs="+", default=[*range(51, 56)])
     add("--held-out-seeds", type=int, nargs="+", default=[*range(101, 111)],
@@ -280,9 +281,9 @@ def check_options(args):
     there = sorted(file.stem for file in (ROOT / "algos").glob("*.py"))
     if args.script not in there:
         sys.exit(f"error: --script {args.script}: not in algos/; there are: {', '.join(there)}")
-    for name in ("trials", "jobs", "finalists"):
+    for name in ("trials", "jobs", "finalists", "prune_after"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            sys.exit(f"error: --{name} must be 1 or more")
+            sys.exit(f"error: --{name.replace('_', '-')} must be 1 or more")
     seeds = [*args.seeds, *args.finalist_seeds, *args.held_out_seeds]
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if twice:
@@ -310,9 +311,10 @@ def objective_of(args, script_args):
         sys.exit("error: --eval-episodes after -- must be positive: a search needs evaluations")
     total, every = script_args.total_timesteps, script_args.eval_frequency
     n = math.ceil(total / every) if every else 1
-    if args.pruner == "hyperband" and n * len(args.seeds) < 3:
+    if args.pruner == "hyperband" and n * len(args.seeds) < 3 * args.prune_after:
         sys.exit(
-            "error: --pruner hyperband needs more evaluations: lower --eval-frequency after --"
+            f"error: --pruner hyperband needs more evaluations than {n * len(args.seeds)} a trial: "
+            "lower --eval-frequency after --, or --prune-after"
         )
     goal = goal if name in ("steps", "seconds") else None
     return Objective(name, goal, args.goal is not None, args.aggregate, total, n)
@@ -368,7 +370,8 @@ def main():
         folder = args.study
         if folder:
             keys = ("script", "env_id", "flags", "seeds", "objective", "goal", "aggregate")
-            same = {key: getattr(args, key) for key in (*keys, "sampler", "sampler_seed", "pruner")}
+            keys += ("sampler", "sampler_seed", "pruner", "prune_after")
+            same = {key: getattr(args, key) for key in keys}
             same["search"] = {name: describe_range(x) for name, x in space.items()}
             check_study(folder, {"commit": commit, **same}, "--study")
             lock = locked(folder)

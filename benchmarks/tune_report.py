@@ -108,9 +108,12 @@ def trials_table(args, space, objective, found):
 
 
 def method(args, objective, found):
+    pruner = args.pruner
+    if pruner != "none":
+        pruner += f", from {args.prune_after} evaluations on"
     text = (
         f"Optuna {optuna.__version__}; sampler: {args.sampler}, seed {args.sampler_seed}; pruner: "
-        f"{args.pruner}. Seeds of the search: {spaced(args.seeds)}; "
+        f"{pruner}. Seeds of the search: {spaced(args.seeds)}; "
     )
     if found["finalists"]:
         text += f"of the {len(found['finalists'])} finalists: {spaced(args.finalist_seeds)}; "

@@ -301,7 +301,8 @@ def test_the_arguments_of_every_script(script):
         (["--", "--seed", 3], "--seed after --: use --seeds"),
         (["--", "--resume", "x"], "--resume after --: use --study"),
         (["--", "--eval-episodes", 0], "--eval-episodes after -- must be positive"),
-        (["--pruner", "hyperband", "--seeds", 1, "--", "--eval-frequency", 0], "needs more eval"),
+        (["--pruner", "hyperband", "--seeds", 1, "--", "--eval-frequency", 0], "than 1 a trial"),
+        (["--pruner", "hyperband", "--prune-after", 3], "than 8 a trial: lower"),
     ],
 )
 def test_wrong_options_are_one_line(repository, tmp_path, words, message):
@@ -451,10 +452,12 @@ def test_where_the_defaults_are_best(repository):
 # ---- Pruning -------------------------------------------------------------------------------------
 
 
-def test_a_pruned_run_is_stopped(repository, tmp_path):
+@pytest.mark.parametrize("prune_after", [1, 2])
+def test_a_pruned_run_is_stopped(repository, tmp_path, prune_after):
     study = tmp_path / "study"
     space = ("--search", "learning_rate=1e-2,1e-5,1e-6,1e-7", "--sampler", "random")
-    words = ("--pruner", "hyperband", "--trials", 8, *space, "--study", study)
+    words = ("--pruner", "hyperband", "--prune-after", prune_after, "--trials", 8, *space)
+    words = (*words, "--study", study)
     done = tune(repository, *words, "--", "--seconds", 0.02)
     assert done.returncode == 0, done.stderr
     trials = trials_of(study)
@@ -463,7 +466,8 @@ def test_a_pruned_run_is_stopped(repository, tmp_path):
     assert "pruned after" in done.stdout
     runs = runs_of(study)
     stopped = [steps for (_, seed), steps in runs.items() if len(steps) < 40]
-    assert stopped and all(len(steps) >= 10 for steps in stopped)
+    assert stopped and all(len(steps) >= 10 * prune_after for steps in stopped)
+    assert min(int(trial["evaluations"]) for trial in pruned) == prune_after
     for place in study.glob("runs/*/*"):  # nothing is left running
         pid = Path("/proc", (place / "pids").read_text().split()[-1], "cmdline")
         assert not pid.exists() or "toy.py" not in pid.read_text()
