@@ -224,7 +224,7 @@ VIDEO_PACKAGES = ("moviepy",)  # what --capture-video needs
 FRAMES_PER_SECOND = 60  # of a film: those of the game
 FIXED_WITH_REPLAY = ("buffer", "replay_storage", "buffer_size", "gamma", "n_step")  # if saved
 ENV_DEFAULTS = {}  # defaults that depend on --env-id
-BYTES_PER_ROW = {"plain": 84 * 84 + 14, "tiles": 650}  # of the replay; few games take more
+BYTES_PER_ROW = {"plain": 84 * 84 + 14, "tiles": 650}  # of the replay; in tiles, of Enduro
 
 
 class FrameReplay:

@@ -311,7 +311,7 @@ FIXED_WITH_REPLAY = (
     *("prioritized", "per_alpha"),
 )
 ENV_DEFAULTS = {}  # defaults that depend on --env-id
-BYTES_PER_ROW = {"plain": 84 * 84 + 14, "tiles": 650}  # of the replay; few games take more
+BYTES_PER_ROW = {"plain": 84 * 84 + 14, "tiles": 650}  # of the replay; in tiles, of Enduro
 
 
 class FrameReplay:

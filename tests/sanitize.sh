@@ -18,7 +18,8 @@ case $kind in
     flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
     # In this order: the sanitizer intercepts the C++ runtime's exceptions.
     preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
-    select="not importing and not without_a_gpu"
+    # A limit of address space does not fit the sanitizer, which reserves most of it.
+    select="not importing and not without_a_gpu and not memory_runs_out"
     ;;
   thread)
     flags="-fsanitize=thread"

@@ -19,7 +19,7 @@ import pytest
 import test_benchmarks
 from conftest import ALGOS, load
 from scipy.stats import binomtest, chisquare
-from test_benchmarks import check_labels, git, repository, template  # noqa: F401
+from test_benchmarks import check_labels, git, template  # noqa: F401
 from test_run import main_in_process, refused, run, scalars, started
 
 tabular = importlib.import_module("tabular")  # in benchmarks/, which test_benchmarks makes a path

@@ -7,6 +7,7 @@ and runs, tests the C++ class alone, also with a hash of 3 bits.
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,39 @@ def test_memory_is_bounded_whatever_the_frames(source):
 def test_repeating_frames_take_a_thirtieth():
     replay = filled_with(moving_dot, 10_000, capacity=20_000)
     assert replay.nbytes - 2 * 2**21 < 20_000 * 7056 / 30
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is Linux's")
+def test_add_changes_nothing_when_memory_runs_out():
+    code = """if True:
+        import resource
+        import torch
+        from pathlib import Path
+        from test_tiles import assert_equal, noise, pair, rows_of
+
+        torch.set_num_threads(1)
+        plain, tiles = pair(20_000, (84, 84), num_envs=2, threads=1)
+        rows = rows_of(noise, (84, 84), 2)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 30_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        for row in rows:
+            try:
+                tiles.add(*row)
+            except MemoryError:
+                break
+            plain.add(*row)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        assert 500 < len(plain) == len(tiles) < 20_000
+        for _ in range(100):
+            assert_equal(plain, tiles)
+            for replay in (plain, tiles):
+                replay.add(*row)
+    """
+    paths = [str(Path(fastreplay.__file__).parent.parent), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
 
 
 def test_tiles_take_memory_only_for_rows_that_are_stored():

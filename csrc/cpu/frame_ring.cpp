@@ -166,27 +166,41 @@ void FrameRing::write_stack(int64_t game, int64_t slot, int depth, int frames, c
   }
 }
 
-void FrameRing::write_stack_of_tiles(int64_t game, int64_t slot, int depth, int frames,
-                                     const FrameOutput& format, uint8_t* out) const {
-  static thread_local std::vector<uint8_t> of_thread;
+void FrameRing::write_frames(const uint8_t* from, int depth, int frames, const FrameOutput& format,
+                             uint8_t* out) const {
   const int64_t bytes = layout_.frame_bytes;
-  const bool in_place = format.output == Output::kCopy && !format.channels_last;
-  if (!in_place && static_cast<int64_t>(of_thread.size()) < frames * bytes) {
-    of_thread.resize(static_cast<size_t>(frames * bytes));
-  }
-  uint8_t* const plain = in_place ? out : of_thread.data();
-  const int64_t blanks = (frames - 1 - depth) * bytes;
-  std::memset(plain, 0, static_cast<size_t>(blanks));
-  const int64_t first = slot - depth < 0 ? slot - depth + layout_.rows : slot - depth;
-  tiles_->read(game, first, depth + 1, plain + blanks);
-  if (in_place) return;
-  if (!format.channels_last) {
-    convert(plain, frames * bytes, plain, format.output, format.scale, out);
+  const int blanks = frames - 1 - depth;
+  if (format.channels_last) {
+    const uint8_t* sources[8];
+    for (int s = 0; s < frames; ++s) {
+      sources[s] = s < blanks ? blank_.data() : from + (s - blanks) * bytes;
+    }
+    interleave(sources, frames, bytes, format.output, format.scale, out);
     return;
   }
-  const uint8_t* sources[8];
-  for (int s = 0; s < frames; ++s) sources[s] = plain + s * bytes;
-  interleave(sources, frames, bytes, format.output, format.scale, out);
+  const int64_t out_bytes = bytes * expansion(format.output);
+  for (int s = 0; s < blanks; ++s, out += out_bytes) {
+    convert(blank_.data(), bytes, blank_.data(), format.output, format.scale, out);
+  }
+  convert(from, (depth + 1) * bytes, from, format.output, format.scale, out);
+}
+
+const uint8_t* FrameRing::read_tiles(int64_t game, int64_t slot, int n) const {
+  static thread_local std::vector<uint8_t> of_thread;
+  const size_t bytes = static_cast<size_t>(n * layout_.frame_bytes);
+  if (of_thread.size() < bytes) of_thread.resize(bytes);
+  tiles_->read(game, slot < 0 ? slot + layout_.rows : slot, n, of_thread.data());
+  return of_thread.data();
+}
+
+void FrameRing::write_stack_of_tiles(int64_t game, int64_t slot, int depth, int frames,
+                                     const FrameOutput& format, uint8_t* out) const {
+  if (format.output != Output::kCopy || format.channels_last) {
+    return write_frames(read_tiles(game, slot - depth, depth + 1), depth, frames, format, out);
+  }
+  const int64_t blanks = (frames - 1 - depth) * layout_.frame_bytes, first = slot - depth;
+  std::memset(out, 0, static_cast<size_t>(blanks));
+  tiles_->read(game, first < 0 ? first + layout_.rows : first, depth + 1, out + blanks);
 }
 
 void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& format,
@@ -216,9 +230,18 @@ void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& forma
     write_stack(game, window.end, depth + 1, layout_.stack + 1, next_frames, format, obs);
     return;
   }
-  write_stack(game, slot, depth, layout_.stack, next_frames, format, obs);
-  write_stack(game, window.end, stack_depth(ring, window.end, layout_.stack), layout_.stack,
-              next_frames, format, batch.next_obs + sample * batch.next_obs_stride);
+  uint8_t* const next_obs = batch.next_obs + sample * batch.next_obs_stride;
+  const int stack = layout_.stack, end_depth = stack_depth(ring, window.end, stack);
+  const int64_t apart = window.end - slot + (window.end < slot ? layout_.rows : 0);
+  if (tiles_ != nullptr && apart <= stack) {  // the two stacks overlap: their tiles are read once
+    const uint8_t* const frames = read_tiles(game, slot - depth, depth + 1 + int(apart));
+    write_frames(frames, depth, stack, format, obs);
+    const int64_t skipped = depth + apart - end_depth;
+    write_frames(frames + skipped * layout_.frame_bytes, end_depth, stack, format, next_obs);
+    return;
+  }
+  write_stack(game, slot, depth, stack, next_frames, format, obs);
+  write_stack(game, window.end, end_depth, stack, next_frames, format, next_obs);
 }
 
 void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& format,

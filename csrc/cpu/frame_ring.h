@@ -92,6 +92,11 @@ class FrameRing {
   // Prefetches the memory at `next`.
   void write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* next,
                    const FrameOutput& format, uint8_t* out) const;
+  // The same from depth + 1 frames that lie at `from`.
+  void write_frames(const uint8_t* from, int depth, int frames, const FrameOutput& format,
+                    uint8_t* out) const;
+  // n frames from this slot on, in memory of the calling thread. The slot may be negative.
+  const uint8_t* read_tiles(int64_t game, int64_t slot, int n) const;
   void write_stack_of_tiles(int64_t game, int64_t slot, int depth, int frames,
                             const FrameOutput& format, uint8_t* out) const;
 

@@ -28,8 +28,12 @@ Memory allocate(int64_t bytes) {
   void* const memory =
       std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(whole));
   if (memory == nullptr) throw std::bad_alloc();
-  if (huge) use_huge_pages(memory, whole);
-  return Memory(static_cast<uint8_t*>(memory));
+  Memory owner(static_cast<uint8_t*>(memory));
+  if (huge) {
+    for (int64_t page = 0; page < whole; page += kHugePage) owner.get()[page] = 0;
+    use_huge_pages(memory, whole);
+  }
+  return owner;
 }
 
 }  // namespace fastreplay

@@ -17,8 +17,9 @@ struct Free {
 };
 using Memory = std::unique_ptr<uint8_t, Free>;
 
-// Uninitialised memory, aligned to cache lines, or to huge pages if it is a multiple of them.
-// Throws std::bad_alloc.
+// Uninitialised memory, aligned to cache lines, or to huge pages if it is a multiple of them. Its
+// pages are small at first, because the first touch of a huge page takes a millisecond or more; the
+// kernel merges them later, in the background. Throws std::bad_alloc.
 Memory allocate(int64_t bytes);
 
 }  // namespace fastreplay

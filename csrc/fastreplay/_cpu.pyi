@@ -49,7 +49,7 @@ class SumTree:
 class FrameRing:
     def __init__(
         self,
-        memory: tuple[Tensor, ...],
+        memory: tuple[Tensor | None, ...],
         tree: SumTree | None,
         device: Device,
         frame_shape: tuple[int, ...],

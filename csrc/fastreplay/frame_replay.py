@@ -61,7 +61,7 @@ class FrameReplay:
             (torch.set_num_threads) or, if torch has no GNU OpenMP, one per core, at most 4.
         device: "cpu", or "cuda", "cuda:1"... for a replay on that GPU.
         storage: how and where frames are stored. "tiles", on the CPU: compact and lossless, a
-            thirtieth or less of the plain size for most Atari games, for uint8 frames of at most
+            hundredth (Breakout) to a tenth (Enduro) of the plain size, for uint8 frames of at most
             2^18 bytes. The others are plain: on a GPU "device", "host" for pinned host memory,
             which the GPU reads over the bus, or "auto" for the first of the two that has room; on
             the CPU all three are its memory. The attribute `storage` is the one in use.
