@@ -675,7 +675,7 @@ def test_the_bias_figure():
     assert [line.get_ydata()[-1] for line in figure.axes[0].lines] == [0.06, 0.05, 0.05]
 
 
-def test_a_record(repository):  # noqa: F811
+def test_a_record(repository):
     for name in SCRIPTS:
         shutil.copy(ALGOS / f"{name}.py", repository / "algos")
     git(repository, "add", "-A")
