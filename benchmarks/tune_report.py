@@ -147,8 +147,11 @@ def draw(space, objective, found, title):
             ax.set_xticks(range(len(choices)), choices)
             ax.set_xlim(-0.5, len(choices) - 0.5)
         else:
+            ends = space[name].low, space[name].high
             ax.set_xscale("log" if space[name].log else "linear")
-            ax.set_xlim(space[name].low, space[name].high)
+            ax.set_xticks(ends, [text_of(end) for end in ends])
+            ax.minorticks_off()
+            ax.plot(ends, [values[0]] * 2, alpha=0)  # both ends are in view
         ax.scatter(points, values, s=16, color=PEER)
         chosen = [i for i, trial in enumerate(complete) if trial == found["best"]]
         ax.scatter([points[i] for i in chosen], [values[i] for i in chosen], s=40, color=OWN)
@@ -172,9 +175,11 @@ def draw_history(ax, objective, trials):
     others = [trial["trial"] for trial in trials if trial["value"] is None]
     best = np.maximum.accumulate if objective.sign > 0 else np.minimum.accumulate
     ax.scatter(numbers, values, s=16, color=PEER)
-    ax.step(numbers, best(values), where="post", color=OWN, linewidth=2)
+    last = trials[-1]["trial"]
+    line = best([*values, values[-1]])
+    ax.step([*numbers, last], line, where="post", color=OWN, linewidth=2)
     ax.plot(others, [0.02] * len(others), "|", color=TEXT, transform=ax.get_xaxis_transform())
-    ax.set_xlim(-0.5, max(trial["trial"] for trial in trials) + 0.5)
+    ax.set_xlim(-0.5, last + 0.5)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("trial (ticks: pruned)" if others else "trial")
     ax.set_ylabel(OBJECTIVES[objective.name][0])
