@@ -253,7 +253,7 @@ class Windows(nn.Module):
 
 
 class Layers(nn.Sequential):
-    """nn.Sequential without the overhead of a module call per layer, on a CPU half of a forward."""
+    """nn.Sequential without the overhead of a module call for each layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self._modules.values():
