@@ -49,7 +49,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     loss: Literal["huber", "mse"] = "huber"  # clipped error as in the paper, or squared
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
-    exploration: Literal["linear", "exponential"] = "linear"  # how epsilon decays
+    exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
     exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
@@ -101,11 +101,12 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
 
 
 def epsilon_at(step: int, args: Args) -> float:
-    """Epsilon decays from start_e to end_e, linearly or exponentially."""
+    """Epsilon decays from start_e to end_e: linearly, exponentially, or as half a cosine."""
     duration = args.exploration_fraction * args.total_timesteps
     t = step / duration if duration else np.inf
-    progress = min(t, 1.0) if args.exploration == "linear" else 1 - np.exp(-t)
-    return args.start_e + progress * (args.end_e - args.start_e)
+    progress = {"linear": min(t, 1.0), "exponential": 1 - np.exp(-t)}
+    progress["cosine"] = (1 - np.cos(np.pi * progress["linear"])) / 2
+    return args.start_e + progress[args.exploration] * (args.end_e - args.start_e)
 
 
 @torch.inference_mode()

@@ -34,10 +34,10 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 200_000  # environment steps, summed over the environments
     learning_rate: float = 5e-4  # of the optimizer
+    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 10.0  # gradients are clipped to this norm; 0: they are not
-    anneal_lr: bool = True  # decay the learning rate linearly to zero over the run
     buffer_size: int = 200_000  # transitions kept for replay
     gamma: float = 0.99  # discount factor
     tau: float = 1.0  # theta^- <- tau theta + (1 - tau) theta^-; 1 copies the network
@@ -46,7 +46,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     loss: Literal["mse", "huber"] = "mse"  # squared error, or clipped as in the paper
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
-    exploration: Literal["linear", "exponential"] = "linear"  # how epsilon decays
+    exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
     exploration_fraction: float = 0.2  # decay time, as a fraction of total_timesteps
     learning_starts: int = 2_000  # transitions stored before the first update
     train_frequency: int = 2  # environment steps per update
@@ -114,11 +114,12 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
 
 
 def epsilon_at(step: int, args: Args) -> float:
-    """Epsilon decays from start_e to end_e, linearly or exponentially."""
+    """Epsilon decays from start_e to end_e: linearly, exponentially, or as half a cosine."""
     duration = args.exploration_fraction * args.total_timesteps
     t = step / duration if duration else np.inf
-    progress = min(t, 1.0) if args.exploration == "linear" else 1 - np.exp(-t)
-    return args.start_e + progress * (args.end_e - args.start_e)
+    progress = {"linear": min(t, 1.0), "exponential": 1 - np.exp(-t)}
+    progress["cosine"] = (1 - np.cos(np.pi * progress["linear"])) / 2
+    return args.start_e + progress[args.exploration] * (args.end_e - args.start_e)
 
 
 @torch.inference_mode()
@@ -637,9 +638,12 @@ class Run:
         return (self.step + self.args.num_envs) // every - self.step // every if every else 0
 
     def anneal(self, optimizer) -> None:
-        """--anneal-lr: the learning rate decays linearly to zero over the run."""
-        for group in optimizer.param_groups if self.args.anneal_lr else ():
-            group["lr"] = self.args.learning_rate * (1 - self.step / self.args.total_timesteps)
+        """--lr-schedule: the learning rate decays over the run to zero; exponentially to 1%."""
+        t = self.step / self.args.total_timesteps
+        factors = {"linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}
+        factors |= {"exponential": 0.01**t, "constant": 1.0}
+        for group in optimizer.param_groups:
+            group["lr"] = self.args.learning_rate * factors[self.args.lr_schedule]
 
     def is_solved(self) -> bool:
         goal, returns = self.args.stop_return, self.returns

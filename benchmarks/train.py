@@ -9,11 +9,13 @@ Every run is `python algos/SCRIPT.py --env-id ENV --seed SEED`; flags after `--`
 With --runs the runs stay in that folder, and the same command, given again after a kill, goes on
 where it stopped: finished runs are kept, others continue from their checkpoint, bit for bit.
 Without --record the tool only prints the report. With it, the record's folder contains README.md
-(report, command, commit, versions, machine), the figures, evaluations.csv and results.json.
+(report, command, commit, versions, machine), the figures, evaluations.csv and results.json; and of
+each script and environment the network of the run with the median result, for `--evaluate`.
 """
 
 import argparse
 import contextlib
+import copy
 import csv
 import fcntl
 import json
@@ -34,6 +36,9 @@ from machine import ROOT, clean_commit, commit_of, quote, write_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESAMPLES = 10_000
+LARGEST_NETWORK = 2 * 2**20  # bytes; a record holds no larger one
+# What `--evaluate` reads of a checkpoint.
+EVALUATED_PARTS = "script args q_network global_step episodes seconds recent_returns".split()
 # What a script logs of its values at each evaluation: columns of evaluations.csv, and the tags.
 VALUES = {
     "predicted": "predicted_value",
@@ -264,10 +269,11 @@ def goal_of(run, goal):
 
 
 def common_curve(runs):
-    """Steps at which all runs were evaluated, (T,), and their returns there, (runs, T)."""
+    """Steps at which all runs were evaluated, (T,), and their returns there, (runs, T).
+
+    T is 0 if each run ended at another step and had no other evaluation.
+    """
     steps = sorted(set.intersection(*(set(run["steps"]) for run in runs)))
-    if not steps:
-        sys.exit("error: the seeds have no evaluation step in common; set --eval-frequency.")
     curves = [dict(zip(run["steps"], run["returns"])) for run in runs]
     return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves])
 
@@ -303,7 +309,8 @@ def report_of(runs, flags, goal):
         cells += [f"{interquartile_mean(final):.1f} ({low:.1f} to {high:.1f})"]
         cells += [f"{final.min():.1f} to {final.max():.1f}"]
         cells += [f"{final.std(ddof=1):.1f}" if len(group) > 1 else "unknown"]
-        cells += [f"{interquartile_mean(common_curve(group)[1].mean(axis=1)):.1f}"]
+        curves = common_curve(group)[1]
+        cells += [f"{interquartile_mean(curves.mean(axis=1)):.1f}" if curves.size else "unknown"]
         if goal is not None:
             cells += [f"{sum(run['reaches_goal'] for run in group)} of {len(group)}"]
         lines.append(table_row(cells))
@@ -394,6 +401,45 @@ def draw(runs, goal):
     return draw_curves(curves, title, note, unit, "return, higher is better", goal)
 
 
+def networks_of(runs, places):
+    """Of each script and environment, what `--evaluate` needs of the run with the median result.
+
+    `places`: the folders of the runs. Returns {file name: a checkpoint without what only training
+    needs}. Networks of more than LARGEST_NETWORK bytes are left out; tables are no networks.
+    """
+    import torch  # takes a second
+
+    networks, place_of = {}, dict(zip(map(id, runs), places))
+    for group in grouped(runs, "script", "env_id").values():
+        run = sorted(group, key=lambda run: run["final_return"])[(len(group) - 1) // 2]
+        for checkpoint in place_of[id(run)].glob("runs/*/checkpoint.pt"):  # one
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            if sum(x.nbytes for x in state["q_network"].values()) <= LARGEST_NETWORK:
+                name = f"{run['script']}_{run['env_id'].replace('/', '-')}_seed_{run['seed']}.pt"
+                parts = copy.deepcopy({part: state[part] for part in EVALUATED_PARTS})
+                networks[name] = parts  # a copy: the file may be deleted
+    return networks
+
+
+def write_networks(networks, folder):
+    import torch
+
+    folder.mkdir(exist_ok=True)
+    for name, state in networks.items():
+        torch.save(state, folder / name)
+
+
+def page_of_networks(networks, record):
+    """How to watch the networks of a record; empty without any."""
+    if not networks:
+        return ""
+    name, state = next(iter(networks.items()))
+    path = (record / "networks" / name).as_posix()
+    command = quote(["python", f"algos/{state['script']}.py", "--evaluate", path])
+    text = "The networks of the runs with the median result (the lower one of two) can be evaluated"
+    return f"\n\n{text}:\n\n```bash\n{command}\n```"
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", required=True, help="files in algos/, without .py")
@@ -456,7 +502,9 @@ def main():
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleanq-train-")))
         run_all(runs, args.flags, folder, args.jobs, keep=bool(args.runs))
-        found = [read_run(run, run.place(folder)) for run in runs]
+        places = [run.place(folder) for run in runs]
+        found = [read_run(run, place) for run, place in zip(runs, places)]
+        networks = networks_of(found, places) if args.record else {}
     for run in found:
         run |= {} if args.goal is None else goal_of(run, args.goal)
     report = report_of(found, args.flags, args.goal)
@@ -466,7 +514,9 @@ def main():
     by_env = {env_id: group for (env_id,), group in grouped(found, "env_id").items()}
     figures = {figure_name(env_id, [*by_env]): draw(by_env[env_id], args.goal) for env_id in by_env}
     results = {"goal": args.goal, "jobs": args.jobs, "runs": found}
-    write_record(args.record, results, report, commit)
+    write_record(args.record, results, report + page_of_networks(networks, args.record), commit)
+    if networks:
+        write_networks(networks, args.record / "networks")
     with open(args.record / "evaluations.csv", "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["script", "env_id", "seed", "step", "episodic_return", "hours", *VALUES])

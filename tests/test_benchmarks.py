@@ -521,6 +521,42 @@ def test_curves_meet_at_common_steps():
     runs = [{"steps": [10, 20, 25], "returns": [1, 2, 3]}, {"steps": [10, 20], "returns": [4, 5]}]
     steps, returns = common_curve(runs)
     assert steps.tolist() == [10, 20] and returns.tolist() == [[1, 2], [4, 5]]
+    runs[1]["steps"] = [11, 22]
+    steps, returns = common_curve(runs)
+    assert len(steps) == 0 and returns.shape == (2, 0)
+
+
+def test_a_record_without_common_steps(repository):
+    """Runs that --stop-return ended, each elsewhere, without evaluations before."""
+    script = repository / "algos" / "script.py"
+    text = script.read_text().replace("range(100,", "range(90 + args.seed,")
+    script.write_text(text.replace("+ 1, 100)", "+ 1, 10**6)"))
+    git(repository, "commit", "-aqm", "one evaluation")
+    done = run(repository, *TRAIN, "--seeds", 1, 2, "--record", "record")
+    assert done.returncode == 0, done.stderr
+    assert "| unknown |" in (repository / "record" / "README.md").read_text()
+
+
+def test_the_networks_of_a_record_can_be_evaluated(repository, tmp_path):
+    """The network of the median run is in the record; its file gives that run's evaluation."""
+    shutil.copy(ROOT / "algos" / "dqn_cartpole.py", repository / "algos")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "a script")
+    flags = "--total-timesteps 600 --learning-starts 100 --eval-frequency 0 --eval-episodes 3"
+    words = ["benchmarks/train.py", "--scripts", "dqn_cartpole", "--seeds", 1, 2, 3]
+    done = run(repository, *words, "--record", "record", "--", *flags.split())
+    assert done.returncode == 0, done.stderr
+    results = json.loads((repository / "record" / "results.json").read_text())["runs"]
+    median = sorted(results, key=lambda run: run["final_return"])[1]
+    (file,) = (repository / "record" / "networks").iterdir()
+    assert file.name == f"dqn_cartpole_CartPole-v1_seed_{median['seed']}.pt"
+    assert file.stat().st_size < 100_000
+    page = (repository / "record" / "README.md").read_text()
+    command = next(line for line in page.splitlines() if "--evaluate" in line)
+    assert command == f"python algos/dqn_cartpole.py --evaluate record/networks/{file.name}"
+    shown = run(repository, *command.split()[1:])
+    assert shown.returncode == 0, shown.stderr
+    assert f"evaluated: {median['final_return']:.1f} +- " in shown.stdout
 
 
 def test_throughput_reads_the_scripts_log():

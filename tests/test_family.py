@@ -17,7 +17,7 @@ import pytest
 ALGOS = Path(__file__).parent.parent / "algos"
 LINE = "# " + "=" * 98  # opens and closes the comment between the algorithm and the machinery
 TOP = 170  # lines above it
-REPLAY_TOP = 210  # of a file with a replay class of its own
+REPLAY_TOP = 211  # of a file with a replay class of its own
 SPLIT = "Run"  # the class whose methods are separate pieces
 
 
@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI, TABULAR = 929, 1148, 660
+VECTORS, ATARI, TABULAR = 933, 1149, 660
 OF_ATARI = {
     *(
         "Args",
@@ -107,17 +107,17 @@ OF_PQN = {
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 18, VECTORS, 172),
+    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 18, VECTORS, 173),
     "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 44, VECTORS + 30, REPLAY_TOP),
     "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
     # More than 170 lines above the line: a layer, a projection, a loss or a target of their own.
-    "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 39, VECTORS + 20, 192),
+    "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 39, VECTORS + 20, 193),
     "c51_cartpole": Member("dqn_cartpole", OF_C51, 80, VECTORS + 45, 201),
     "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 55, VECTORS + 18, 189),
-    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 53, VECTORS + 29, 200),
-    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 185),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 53, VECTORS + 29, 201),
+    "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 186),
     "rainbow_cartpole": Member(
-        "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 266, 261, TAKEN_BY_RAINBOW
+        "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 266, 262, TAKEN_BY_RAINBOW
     ),
     # Above the line also the exercise: its second reward, in functions, and what --stop-return is.
     "dqn_acrobot": Member("dqn_cartpole", OF_ACROBOT, 45, VECTORS + 25, TOP + 30),
@@ -134,7 +134,7 @@ FAMILY = {
         OF_PQN,
         214,
         VECTORS + 10,
-        TOP + 20,
+        TOP + 21,
         without=("import copy", "import torch.nn.functional as F", "Replay"),
     ),
     "dqn_atari": Member("dqn_cartpole", OF_ATARI, None, ATARI),
@@ -142,9 +142,9 @@ FAMILY = {
     "nstep_dqn_atari": Member("dqn_atari", {"Args"}, 2, ATARI),
     "dueling_ddqn_atari": Member("ddqn_atari", {"Args", "QNetwork"}, 20, ATARI),
     "per_ddqn_atari": Member(
-        "ddqn_atari", OF_PER_ATARI, 138, 1264, 222, {"SumTree": "per_dqn_cartpole"}
+        "ddqn_atari", OF_PER_ATARI, 138, 1264, 223, {"SumTree": "per_dqn_cartpole"}
     ),
-    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 277, 1359, 245, TAKEN_BY_RAINBOW_ATARI),
+    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 277, 1360, 245, TAKEN_BY_RAINBOW_ATARI),
     "pqn_atari": Member(
         "dqn_atari",
         OF_PQN_ATARI,
@@ -163,7 +163,7 @@ FAMILY = {
         {"NoisyLinear": "noisy_dqn_cartpole"},
     ),
     "c51_atari": Member(
-        "dqn_atari", OF_C51_ATARI, 69, ATARI + 25, 187, {"td_loss": "c51_cartpole"}
+        "dqn_atari", OF_C51_ATARI, 69, ATARI + 25, 188, {"td_loss": "c51_cartpole"}
     ),
     "qrdqn_atari": Member(
         "dqn_atari",
@@ -173,13 +173,13 @@ FAMILY = {
         180,
         dict.fromkeys(("quantile_huber_loss", "td_loss"), "qrdqn_cartpole"),
     ),
-    "iqn_atari": Member("qrdqn_atari", OF_IQN, 53, ATARI + 26, 188, {"td_loss": "iqn_cartpole"}),
+    "iqn_atari": Member("qrdqn_atari", OF_IQN, 53, ATARI + 26, 189, {"td_loss": "iqn_cartpole"}),
     "munchausen_dqn_atari": Member(
         "dqn_atari",
         OF_MUNCHAUSEN,
         35,
         ATARI + 20,
-        177,
+        178,
         dict.fromkeys(("tau_log_pi", "td_loss"), "munchausen_dqn_cartpole"),
     ),
     "q_learning_tabular": Member(None, set(), None, TABULAR),
@@ -326,7 +326,7 @@ def test_sync_repairs_changed_pieces(tmp_path, monkeypatch):
     for file, source in originals.items():
         (tmp_path / file).write_text(source)
     for file, right, wrong in (
-        ("dqn_atari.py", "progress = min(", "progress = max("),
+        ("dqn_atari.py", "np.cos(np.pi", "np.sin(np.pi"),
         ("ddqn_atari.py", "q_network.zero_grad()", "pass"),
         ("ddqn_cartpole.py", "np.mean(returns) >= goal", "False"),
     ):

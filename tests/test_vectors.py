@@ -2,6 +2,7 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -68,7 +69,7 @@ def test_adam_is_pytorchs(max_grad_norm):
             network(x).square().sum().backward()
             if optimizer is theirs and max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
-            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)  # as --anneal-lr does
+            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)  # as Run.anneal does
             optimizer.step()
         weights = [[*network.parameters()] for network in networks]
         assert all(map(torch.equal, weights[0], weights[2]))
@@ -119,8 +120,31 @@ def test_exponential_exploration_is_the_tutorials():
         assert script.epsilon_at(t, args) == pytest.approx(0.05 + 0.85 * np.exp(-t / 1000))
     args.exploration = "linear"
     assert script.epsilon_at(500, args) == pytest.approx(0.9 - 0.85 / 2)
-    args.exploration_fraction = 0.0
-    assert script.epsilon_at(0, args) == pytest.approx(0.05)
+    args.exploration = "cosine"
+    for t, epsilon in ((0, 0.9), (250, 0.05 + 0.85 * (1 + 0.5**0.5) / 2), (500, 0.475)):
+        assert script.epsilon_at(t, args) == pytest.approx(epsilon)
+    assert script.epsilon_at(9_999, args) == pytest.approx(0.05)
+    for args.exploration in ("linear", "exponential", "cosine"):
+        args.exploration_fraction = 0.0
+        assert script.epsilon_at(0, args) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("linear", (1, 0.75, 0.5, 0)),
+        ("cosine", (1, (1 + 0.5**0.5) / 2, 0.5, 0)),
+        ("exponential", (1, 0.01**0.25, 0.1, 0.01)),
+        ("constant", (1, 1, 1, 1)),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, factors):
+    script, group = load("dqn_cartpole"), {"lr": 0.0}
+    args = script.RunArgs(learning_rate=0.2, lr_schedule=schedule, total_timesteps=1_000)
+    for step, factor in zip((0, 250, 500, 1_000), factors):
+        run = SimpleNamespace(args=args, step=step)
+        script.Run.anneal(run, SimpleNamespace(param_groups=[group]))
+        assert group["lr"] == pytest.approx(0.2 * factor)
 
 
 def test_stop_return_says_how_long_it_took(in_tmp):
