@@ -162,9 +162,9 @@ def epsilon_at(step: int, args: Args) -> float:
     """Epsilon decays from start_e to end_e: linearly, exponentially, or as half a cosine."""
     duration = args.exploration_fraction * args.total_timesteps
     t = step / duration if duration else np.inf
-    progress = {"linear": min(t, 1.0), "exponential": 1 - np.exp(-t)}
-    progress["cosine"] = (1 - np.cos(np.pi * progress["linear"])) / 2
-    return args.start_e + progress[args.exploration] * (args.end_e - args.start_e)
+    progress = 1 - np.exp(-t) if args.exploration == "exponential" else min(t, 1.0)
+    progress = (1 - np.cos(np.pi * progress)) / 2 if args.exploration == "cosine" else progress
+    return args.start_e + progress * (args.end_e - args.start_e)
 
 
 @torch.inference_mode()
@@ -172,9 +172,9 @@ def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
     """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any action, (n,) int64."""
     q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
     actions = q_values.cpu().numpy().argmax(axis=1)
-    explore = rng.random(len(obs)) < epsilon
-    if explore.any():
-        actions[explore] = rng.integers(q_network.n_actions, size=explore.sum())
+    for i in range(len(actions)):
+        if rng.random() < epsilon:
+            actions[i] = rng.integers(q_network.n_actions)
     return actions
 
 
@@ -205,7 +205,7 @@ def main(args: Args) -> None:
                 replay.update_priorities(
                     batch.indices, td_error.nan_to_num(0, 0, 0)
                 )  # NaN: run.log
-                q_network.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             # ---- 4. sync target ------------------------------------------------------------------

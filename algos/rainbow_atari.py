@@ -119,8 +119,8 @@ class QNetwork(nn.Module):
         features, shape = self.features(scaled(obs)), (self.n_actions, self.n_atoms)
         if hasattr(self, "head"):
             return self.head(self.hidden(features)).unflatten(1, shape)
-        # The streams' gradients add up: scale the sum by 1/sqrt(2). The features do not change.
-        features = features.detach() + (features - features.detach()) / 2**0.5
+        if torch.is_grad_enabled():  # the streams' gradients add up: scale the sum by 1/sqrt(2)
+            features = features.detach() + (features - features.detach()) / 2**0.5
         of_value, of_advantage = self.hidden(features).chunk(2, dim=1)
         value, advantages = self.value(of_value), self.advantage(of_advantage).unflatten(1, shape)
         return value[:, None] + advantages - advantages.mean(dim=1, keepdim=True)
@@ -180,9 +180,9 @@ def epsilon_at(step: int, args: Args) -> float:
     """Epsilon decays from start_e to end_e: linearly, exponentially, or as half a cosine."""
     duration = args.exploration_fraction * args.total_timesteps
     t = step / duration if duration else np.inf
-    progress = {"linear": min(t, 1.0), "exponential": 1 - np.exp(-t)}
-    progress["cosine"] = (1 - np.cos(np.pi * progress["linear"])) / 2
-    return args.start_e + progress[args.exploration] * (args.end_e - args.start_e)
+    progress = 1 - np.exp(-t) if args.exploration == "exponential" else min(t, 1.0)
+    progress = (1 - np.cos(np.pi * progress)) / 2 if args.exploration == "cosine" else progress
+    return args.start_e + progress * (args.end_e - args.start_e)
 
 
 @torch.inference_mode()
@@ -190,9 +190,9 @@ def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
     """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any action, (n,) int64."""
     q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
     actions = q_values.cpu().numpy().argmax(axis=1)
-    explore = rng.random(len(obs)) < epsilon
-    if explore.any():
-        actions[explore] = rng.integers(q_network.n_actions, size=explore.sum())
+    for i in range(len(actions)):
+        if rng.random() < epsilon:
+            actions[i] = rng.integers(q_network.n_actions)
     return actions
 
 
@@ -225,7 +225,7 @@ def main(args: Args) -> None:
                 if args.prioritized:
                     td_error = td_error.nan_to_num(0, 0, 0)  # run.log reports a NaN
                     replay.update_priorities(batch.indices, td_error)
-                q_network.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             # ---- 4. sync target ------------------------------------------------------------------

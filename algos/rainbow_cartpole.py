@@ -124,8 +124,8 @@ class QNetwork(nn.Module):
                     self.features[i] = linear(layer.in_features, layer.out_features)
         n_outputs = n_actions * self.n_atoms
         if args.dueling:  # [dueling_dqn_cartpole.py]
-            self.value = nn.Sequential(linear(n, 84), nn.ReLU(), linear(84, self.n_atoms))
-            self.advantage = nn.Sequential(linear(n, 84), nn.ReLU(), linear(84, n_outputs))
+            self.value = Layers(linear(n, 84), nn.ReLU(), linear(84, self.n_atoms))
+            self.advantage = Layers(linear(n, 84), nn.ReLU(), linear(84, n_outputs))
         else:
             self.head = linear(n, n_outputs)
         if args.distributional:  # [c51_cartpole.py] z_0, ..., z_(N-1)
@@ -137,8 +137,8 @@ class QNetwork(nn.Module):
         features, shape = self.features(obs), (self.n_actions, self.n_atoms)
         if hasattr(self, "head"):
             return self.head(features).unflatten(1, shape)
-        # The streams' gradients add up: scale the sum by 1/sqrt(2). The features do not change.
-        features = features.detach() + (features - features.detach()) / 2**0.5
+        if torch.is_grad_enabled():  # the streams' gradients add up: scale the sum by 1/sqrt(2)
+            features = features.detach() + (features - features.detach()) / 2**0.5
         value, advantages = self.value(features), self.advantage(features).unflatten(1, shape)
         return value[:, None] + advantages - advantages.mean(dim=1, keepdim=True)
 
@@ -197,9 +197,9 @@ def epsilon_at(step: int, args: Args) -> float:
     """Epsilon decays from start_e to end_e: linearly, exponentially, or as half a cosine."""
     duration = args.exploration_fraction * args.total_timesteps
     t = step / duration if duration else np.inf
-    progress = {"linear": min(t, 1.0), "exponential": 1 - np.exp(-t)}
-    progress["cosine"] = (1 - np.cos(np.pi * progress["linear"])) / 2
-    return args.start_e + progress[args.exploration] * (args.end_e - args.start_e)
+    progress = 1 - np.exp(-t) if args.exploration == "exponential" else min(t, 1.0)
+    progress = (1 - np.cos(np.pi * progress)) / 2 if args.exploration == "cosine" else progress
+    return args.start_e + progress * (args.end_e - args.start_e)
 
 
 @torch.inference_mode()
@@ -207,9 +207,9 @@ def act(q_network, obs: np.ndarray, epsilon: float, rng, device) -> np.ndarray:
     """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any action, (n,) int64."""
     q_values = q_network(torch.from_numpy(obs).to(device))  # (n, A)
     actions = q_values.cpu().numpy().argmax(axis=1)
-    explore = rng.random(len(obs)) < epsilon
-    if explore.any():
-        actions[explore] = rng.integers(q_network.n_actions, size=explore.sum())
+    for i in range(len(actions)):
+        if rng.random() < epsilon:
+            actions[i] = rng.integers(q_network.n_actions)
     return actions
 
 
@@ -247,7 +247,7 @@ def main(args: Args) -> None:
                 loss, td_error, q_taken, outside = loss_fn(q_network, target_network, batch, args)
                 if args.prioritized:
                     replay.update_priorities(batch.indices, td_error)
-                q_network.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
                 run.anneal(optimizer)
                 optimizer.step()
@@ -406,16 +406,21 @@ class Adam:
         counts = [torch.zeros((), device=p.device) for p in parameters]
         self.state = (means, squares, counts)
 
+    def zero_grad(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
     @torch.no_grad()
     def step(self) -> None:
         (group,), (means, squares, counts) = self.param_groups, self.state
         parameters = group["params"]
+        gradients = [p.grad for p in parameters]
         if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
+            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         torch._foreach_add_(counts, 1)
         rates = {"lr": group["lr"], "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0}
         options = rates | {"eps": group["eps"], "amsgrad": False, "maximize": False}
-        gradients = [p.grad for p in parameters]
         torch._fused_adam_(parameters, gradients, means, squares, [], counts, **options)
 
     def state_dict(self) -> dict:

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI, TABULAR = 933, 1149, 660
+VECTORS, ATARI, TABULAR = 938, 1149, 660
 OF_ATARI = {
     *(
         "Args",
@@ -327,7 +327,7 @@ def test_sync_repairs_changed_pieces(tmp_path, monkeypatch):
         (tmp_path / file).write_text(source)
     for file, right, wrong in (
         ("dqn_atari.py", "np.cos(np.pi", "np.sin(np.pi"),
-        ("ddqn_atari.py", "q_network.zero_grad()", "pass"),
+        ("ddqn_atari.py", "optimizer.zero_grad()", "pass"),
         ("ddqn_cartpole.py", "np.mean(returns) >= goal", "False"),
     ):
         assert right in originals[file]

@@ -65,7 +65,7 @@ def test_adam_is_pytorchs(max_grad_norm):
             optimizers[1] = resumed
         x = torch.randn(7, 5)
         for network, optimizer in zip(networks, optimizers):
-            network.zero_grad()
+            optimizer.zero_grad()
             network(x).square().sum().backward()
             if optimizer is theirs and max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
