@@ -1,0 +1,208 @@
+"""Writes the tables of results in README.md and benchmarks/README.md from the records.
+
+    python benchmarks/results.py            # after a new record
+    python benchmarks/results.py --check    # only compare; exits 1 if a table differs
+
+A whole table stands between two comments, the first of which names its kind and its records:
+
+    <!-- results: learning 2026-01-01_cartpole 2026-01-02_acrobot -->
+    <!-- end of results -->
+
+Kinds: `learning` (records of train.py), `minatar` (the same, one column for each game) and
+`throughput` (of throughput.py). A word rows=PATTERN keeps the rows whose name it matches, a regular
+expression without spaces. In any other table, a row that names a script and links a record of
+train.py or tabular.py has its "5 of 5" from that record: how many seeds reached the goal.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from machine import ROOT
+from throughput import algorithm_of
+from train import bootstrap_interval, grouped, interquartile_mean, table_row
+
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+BLOCK = re.compile(
+    r"(?P<begin><!-- results: (?P<kind>\w+) (?P<records>[^>]*?) -->\n)"
+    r".*?(?P<end><!-- end of results -->)",
+    re.S,
+)
+REACHED = re.compile(r"\b\d+ of \d+\b")
+NAMES = {"DQN": "DQN", "QRDQN": "QR-DQN"}  # Stable-Baselines3's
+
+
+def read_record(name):
+    """The contents of a record's results.json. Exits with one line if there is none."""
+    file = ROOT / "benchmarks" / "records" / name / "results.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: a table needs the record {name}, which cannot be read ({e}).")
+
+
+def link(name, page, text="record"):
+    """A Markdown link from a page to a record."""
+    place = (ROOT / "benchmarks" / "records" / name).relative_to(page.parent)
+    return f"[{text}]({place.as_posix()})"
+
+
+def reaches(run):
+    """Whether a run of train.py reached its goal: in the last evaluation, or with --stop-return the
+    mean of its last 100 training episodes."""
+    stops = run["arguments"].get("stop_return", "None") != "None" and "solved" in run
+    return bool(run["solved"]) if stops else run["reaches_goal"]
+
+
+def learning_table(records, page):
+    """A row for each script and environment: seeds at the goal, final evaluations."""
+    head = ["script", "environment", "goal", "seeds that reach it"]
+    head += ["final evaluations: interquartile mean (95% interval)", "lowest to highest"]
+    lines = [table_row([*head, "record"])]
+    lines += [table_row(["---", "---", "---:", "---:", "---:", "---:", "---"])]
+    for name in records:
+        record = read_record(name)
+        for (script, env_id), runs in grouped(record["runs"], "script", "env_id").items():
+            final = [run["final_return"] for run in runs]
+            low, high = bootstrap_interval(final)
+            cells = [f"`{script}.py`", env_id, f"{record['goal']:g}"]
+            cells += [f"{sum(map(reaches, runs))} of {len(runs)}"]
+            cells += [f"{interquartile_mean(final):.1f} ({low:.1f} to {high:.1f})"]
+            cells += [f"{min(final):.1f} to {max(final):.1f}", link(name, page)]
+            lines.append(table_row(cells))
+    return lines
+
+
+def minatar_table(records, page):
+    """A row for each script, a column for each game: interquartile mean, lowest to highest."""
+    games, rows = {}, {}  # {game: its record}, {script: {game: cell}}
+    for name in records:
+        for (script, env_id), runs in grouped(
+            read_record(name)["runs"], "script", "env_id"
+        ).items():
+            game, final = (
+                env_id[len("MinAtar/") : -len("-v1")],
+                [run["final_return"] for run in runs],
+            )
+            cell = f"{interquartile_mean(final):.1f} ({min(final):.1f} to {max(final):.1f}), "
+            cell += f"{len(final)} seed{'s' * (len(final) > 1)}"
+            games[game], rows[script] = name, rows.get(script, {}) | {game: cell}
+    head = ["script", *(link(name, page, game) for game, name in games.items())]
+    lines = [table_row(head), table_row(["---", *["---:"] * len(games)])]
+    for script, cells in rows.items():
+        lines.append(table_row([f"`{script}.py`", *(cells.get(game, "") for game in games)]))
+    return lines
+
+
+def side_name(side):
+    """A side of throughput.py in words: "CleanRL script=c51" -> "CleanRL `c51.py`, 1 environment"."""
+    name, *words = side.split()
+    options = dict(word.split("=") for word in words)
+    n = int(options.get("num_envs", 1))
+    if name == "Stable-Baselines3":
+        name += " " + NAMES.get(options.get("algorithm", "DQN"), options.get("algorithm"))
+    elif name == "CleanRL":
+        name += f" `{options.get('script', 'dqn')}.py`"
+    else:
+        name = f"`{options['script']}.py`" if "script" in options else name
+    name += ", bfloat16" if options.get("bfloat16") == "True" else ""
+    return f"{name}, {n} environment{'s' * (n > 1)}"
+
+
+def throughput_table(records, page):
+    """A row for each side. The ratio is that to the fastest peer of the same algorithm."""
+    (name,) = records
+    record = read_record(name)
+    rates = {side: r for side, r in record["steps_per_second"].items() if r}
+    fastest = {}
+    for side, r in rates.items():
+        if not side.startswith("CleanQ"):
+            algorithm = algorithm_of(side)
+            fastest[algorithm] = max(statistics.median(r), fastest.get(algorithm, 0))
+    task = record["task"]
+    head = f"{task['env_id']}, batch {task['batch_size']}, "
+    head += f"an update every {task['train_frequency']} steps"
+    lines = [table_row([head, "agent steps/s, median (lowest to highest)", "ratio to the peer"])]
+    lines += [table_row(["---", "---:", "---:"])]
+    for side, r in rates.items():
+        middle, peer = statistics.median(r), fastest.get(algorithm_of(side))
+        cell = f"{middle:,.0f} ({min(r):,.0f} to {max(r):,.0f})"
+        lines.append(table_row([side_name(side), cell, f"{middle / peer:.2f}" if peer else ""]))
+    return lines
+
+
+TABLES = {"learning": learning_table, "minatar": minatar_table, "throughput": throughput_table}
+
+
+def seeds_at_goal(name, script):
+    """How many seeds of a script reached their goal in a record, as "4 of 5"; None if unknown.
+
+    In a record of tables: that are optimal in every environment.
+    """
+    record = read_record(name)
+    if "learning" in record:
+        found = [x for x in record["learning"] if x["script"] == script]
+        best = [[abs(y - x["optimum"]) < 1e-9 for y in x["returns"]] for x in found]
+        return f"{sum(map(all, zip(*best)))} of {len(best[0])}" if best else None
+    runs = [run for run in record.get("runs", []) if run.get("script", script) == script]
+    if not runs or any("reaches_goal" not in run for run in runs):
+        return None
+    return f"{sum(map(reaches, runs))} of {len(runs)}"
+
+
+def with_counts(line):
+    """A table's row with its "5 of 5" from the record that it links."""
+    record = re.search(r"\((?:benchmarks/)?records/([\w.-]+)\)", line)
+    script = re.search(r"`(\w+)\.py", line)
+    if not (line.startswith("|") and record and script and REACHED.search(line)):
+        return line
+    found = seeds_at_goal(record[1], script[1])
+    return REACHED.sub(found, line, count=1) if found else line
+
+
+def written(text, page):
+    """The text of a page with its tables from the records."""
+
+    def table(block):
+        if block["kind"] not in TABLES:
+            sys.exit(f"error: {page.name}: unknown table {block['kind']}; use {', '.join(TABLES)}.")
+        words = block["records"].split()
+        patterns = [word[len("rows=") :] for word in words if word.startswith("rows=")]
+        records = [word for word in words if not word.startswith("rows=")]
+        head, rule, *rows = TABLES[block["kind"]](records, page)
+        rows = [row for row in rows if all(re.search(x, row.split(" | ")[0]) for x in patterns)]
+        lines = [head, rule, *rows]
+        return block["begin"] + "\n".join(lines) + "\n" + block["end"]
+
+    text = BLOCK.sub(table, text)
+    return "\n".join(map(with_counts, text.split("\n")))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if one differs")
+    args = parser.parse_args()
+    differ = False
+    for page in PAGES:
+        before = page.read_text()
+        after = written(before, page)
+        name = page.relative_to(ROOT).as_posix()
+        lines = difflib.unified_diff(
+            before.split("\n"), after.split("\n"), name, name, "", "", 0, ""
+        )
+        differ |= before != after
+        if args.check:
+            print("\n".join(lines), end="\n" * (before != after))
+        elif before != after:
+            page.write_text(after)
+            print(f"{name}: tables written")
+    if args.check and differ:
+        sys.exit("error: these lines differ from their records: run python benchmarks/results.py.")
+
+
+if __name__ == "__main__":
+    main()

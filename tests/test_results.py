@@ -1,0 +1,150 @@
+"""benchmarks/results.py: the tables of the pages are those of the records."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_benchmarks import ROOT, run
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Two pages without a table, and the tools."""
+    ignore = shutil.ignore_patterns("records", "__pycache__")
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=ignore)
+    (tmp_path / "README.md").write_text("# Title\n")
+    (tmp_path / "benchmarks" / "README.md").write_text("# Benchmarks\n")
+    return tmp_path
+
+
+def write_record(project, name, results):
+    folder = project / "benchmarks" / "records" / name
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def make_run(script, seed, final, env_id="CartPole-v1", **others):
+    run = {"script": script, "env_id": env_id, "seed": seed, "final_return": final}
+    return run | {"reaches_goal": final >= 475, "arguments": {}} | others
+
+
+def results(project, *words):
+    return run(project, "benchmarks/results.py", *words)
+
+
+def test_the_pages_are_those_of_the_records():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/results.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "<!-- results: " in (ROOT / "README.md").read_text()
+
+
+def test_a_table_of_learning(project):
+    finals = [500.0, 100.0, 480.0, 490.0]
+    runs = [make_run("dqn_cartpole", seed, final) for seed, final in enumerate(finals)]
+    write_record(project, "one", {"goal": 475, "runs": runs})
+    page = project / "benchmarks" / "README.md"
+    page.write_text("Before\n\n<!-- results: learning one -->\n<!-- end of results -->\n\nAfter\n")
+    assert results(project, "--check").returncode == 1
+    assert results(project).returncode == 0
+    text = page.read_text()
+    row = next(line for line in text.splitlines() if "dqn_cartpole" in line)
+    assert row.startswith("| `dqn_cartpole.py` | CartPole-v1 | 475 | 3 of 4 | 485.0 (")
+    assert row.endswith(" | 100.0 to 500.0 | [record](records/one) |")
+    assert text.startswith("Before\n\n<!-- ") and text.endswith(" -->\n\nAfter\n")
+    assert results(project, "--check").returncode == 0
+    page.write_text(text.replace("3 of 4", "4 of 4"))  # by hand
+    found = results(project, "--check")
+    assert (
+        found.returncode == 1
+        and "-| `dqn_cartpole.py` | CartPole-v1 | 475 | 4 of 4" in found.stdout
+    )
+    assert "run python benchmarks/results.py" in found.stderr
+    assert page.read_text() == text.replace("3 of 4", "4 of 4")  # --check writes nothing
+    results(project)
+    assert page.read_text() == text
+
+
+def test_a_row_that_links_a_record(project):
+    """In other tables the count is that of the row's script; prose and other rows stay."""
+    runs = [make_run("a", seed, final) for seed, final in enumerate([500, 500, 0])]
+    stopped = {"arguments": {"stop_return": "-90"}}
+    runs += [make_run("b", 1, -95, **stopped, solved=[-90, 1, 2, 3])]
+    runs += [make_run("b", 2, -300, **stopped, solved=None)]
+    write_record(project, "two", {"goal": 475, "runs": runs})
+    tables = [{"script": "t", "optimum": 1.0, "returns": x} for x in ([1.0, 1.0], [0.5, 1.0])]
+    write_record(project, "tables", {"learning": tables})
+    page = project / "README.md"
+    link = "(benchmarks/records/two)"
+    page.write_text(
+        f"| [`a.py`](algos/a.py) | [9 of 9]{link} |\n"
+        f"| `b.py --flag` | 0 of 2 | [record]{link} |\n"
+        f"| `c.py` | 7 of 7 | [record]{link} |\n"
+        f"| `t.py` | 0 of 2 | [record](benchmarks/records/tables) |\n"
+        f"Of `a.py`, 9 of 9 [record]{link}\n"
+    )
+    assert results(project).returncode == 0
+    counts = [line.split(" of ")[0][-1] for line in page.read_text().splitlines()]
+    assert counts == ["2", "1", "7", "1", "9"]
+
+
+def test_a_table_of_minatar(project):
+    games = ("MinAtar/Breakout-v1", "MinAtar/Asterix-v1")
+    runs = [make_run("a", seed, 2.0 * seed, game) for game in games for seed in (1, 2, 3)]
+    runs += [make_run("b", 1, 7.0, games[0])]
+    write_record(project, "games", {"goal": None, "runs": runs})
+    page = project / "README.md"
+    page.write_text("<!-- results: minatar games -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    place = "benchmarks/records/games"
+    assert page.read_text().splitlines()[1:-1] == [
+        f"| script | [Breakout]({place}) | [Asterix]({place}) |",
+        "| --- | ---: | ---: |",
+        "| `a.py` | 4.0 (2.0 to 6.0), 3 seeds | 4.0 (2.0 to 6.0), 3 seeds |",
+        "| `b.py` | 7.0 (7.0 to 7.0), 1 seed |  |",
+    ]
+
+
+def test_a_table_of_throughput(project):
+    """The peer is the fastest of the same algorithm; C51 without one has no ratio."""
+    rates = {"CleanQ script=dqn_cartpole num_envs=4": [3000.0, 4000.0, 5000.0]}
+    rates |= {"CleanQ script=c51_cartpole": [1.0], "CleanRL": [900.0, 1000.0, 1100.0]}
+    rates |= {"Stable-Baselines3 num_envs=4": [2000.0]}
+    rates |= {"Stable-Baselines3 algorithm=QRDQN n_quantiles=25": []}
+    task = {"env_id": "CartPole-v1", "batch_size": 128, "train_frequency": 10}
+    write_record(project, "speed", {"steps_per_second": rates, "task": task})
+    page = project / "README.md"
+    page.write_text("<!-- results: throughput speed -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    assert page.read_text().splitlines()[3:-1] == [
+        "| `dqn_cartpole.py`, 4 environments | 4,000 (3,000 to 5,000) | 2.00 |",
+        "| `c51_cartpole.py`, 1 environment | 1 (1 to 1) |  |",
+        "| CleanRL `dqn.py`, 1 environment | 1,000 (900 to 1,100) | 0.50 |",
+        "| Stable-Baselines3 DQN, 4 environments | 2,000 (2,000 to 2,000) | 1.00 |",
+    ]
+    block = "throughput speed rows=`dqn_|Stable -->"
+    page.write_text(f"<!-- results: {block}\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    names = [line.split(" | ")[0] for line in page.read_text().splitlines()[3:-1]]
+    ours, theirs = "`dqn_cartpole.py`, 4 environments", "Stable-Baselines3 DQN, 4 environments"
+    assert names == ["| " + ours, "| " + theirs]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [("learning nothing", "needs the record nothing"), ("sorcery one", "unknown table sorcery")],
+)
+def test_what_a_page_asks_for_must_exist(project, block, message):
+    page = project / "README.md"
+    page.write_text(f"<!-- results: {block} -->\n<!-- end of results -->\n")
+    done = results(project)
+    assert done.returncode != 0 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
