@@ -20,7 +20,6 @@ import json
 import re
 import statistics
 import sys
-from pathlib import Path
 
 from machine import ROOT
 from throughput import algorithm_of
@@ -99,7 +98,7 @@ def minatar_table(records, page):
 
 
 def side_name(side):
-    """A side of throughput.py in words: "CleanRL script=c51" -> "CleanRL `c51.py`, 1 environment"."""
+    """A side in words: "CleanRL script=c51" -> "CleanRL `c51.py`, 1 environment"."""
     name, *words = side.split()
     options = dict(word.split("=") for word in words)
     n = int(options.get("num_envs", 1))
