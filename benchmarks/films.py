@@ -48,10 +48,15 @@ def agent_of(file):
 
 
 def make_network(script, args, envs):
-    """A script's untrained network. After the spaces it takes the arguments, or hidden_sizes."""
-    more = {"args": args, "hidden_sizes": getattr(args, "hidden_sizes", None)}
-    names = list(inspect.signature(script.QNetwork).parameters)[2:]
-    return script.QNetwork(envs.obs_space, envs.n_actions, *(more[name] for name in names))
+    """A script's untrained network; what its QNetwork takes differs between the scripts."""
+    parameters = inspect.signature(script.QNetwork).parameters
+    sources = (envs, args)  # of obs_space, n_actions, hidden_sizes
+    given = [args if name == "args" else value_of(name, sources) for name in parameters]
+    return script.QNetwork(*given)
+
+
+def value_of(name, sources):
+    return next(getattr(source, name) for source in sources if hasattr(source, name))
 
 
 def play(file, most):

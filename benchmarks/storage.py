@@ -1,0 +1,389 @@
+"""How fastreplay and general compressors keep the frames of real games: memory, adds, samples.
+
+    python benchmarks/storage.py --record benchmarks/records/2026-01-01_storage
+    python benchmarks/storage.py --games Breakout Pong --play sticky --growth 1000000
+    python benchmarks/storage.py --games Breakout --play runs/.../checkpoint.pt
+
+For each game and each way to play, eight games run side by side and their frames go into
+
+    plain              fastreplay, frames as they are
+    tiles              fastreplay, storage="tiles"
+    lz4, zstd, snappy  a Python list of compressed frames; `stack`: the five frames of a transition
+                       compressed together
+
+--play: `random` actions, `sticky` (an action is kept with probability 0.9), or a checkpoint of an
+Atari file, with epsilon 0.01. (Dopamine, which compresses what it stores, is in buffers.py.)
+
+Plain and tiles get the same frames and sample in turns, in one process; the batches are compared.
+The compressors hold the first --peer-frames frames. --growth N adds up to N frames to tiles alone,
+in a process of its own: bytes a frame on the way, resident memory, the slowest adds.
+
+A sample returns obs and next_obs of n transitions at random places: fastreplay's as the Atari files
+get them (float32, channels last) and as uint8, the compressors' as uint8. All on one thread.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from buffers import resident_bytes, rounded
+from figures import draw_bars, pyplot, save
+from films import load, make_network
+from machine import clean_commit, write_record
+from train import table_row
+
+GAMES = "Breakout Pong Seaquest MsPacman Qbert SpaceInvaders Enduro Asteroids BeamRider".split()
+GAMES += ["MontezumaRevenge", "Freeway", "Asterix"]
+NUM_ENVS = 8
+SIZES = (32, 256)
+FORMATS = {
+    "float32": {"output_dtype": torch.float32, "memory_format": torch.channels_last},
+    "uint8": {},
+}
+COLUMNS = 9  # bytes of a transition's action, reward and so on, part of nbytes
+OBJECT = 33 + 8  # bytes of a Python bytes object besides its contents, and of the pointer to it
+
+
+def play(game, how, steps, seed=0):
+    """Yield (frames (NUM_ENVS, 84, 84) uint8, whether each opens an episode) of each step."""
+    rng, env_id = np.random.default_rng(seed), f"{game}NoFrameskip-v4"
+    trained = how not in ("random", "sticky")
+    saved = torch.load(how, map_location="cpu", weights_only=True, mmap=True) if trained else {}
+    script = load(saved.get("script", "dqn_atari"))
+    args = script.RunArgs(**saved.get("args", {"env_id": env_id}))
+    if args.env_id != env_id:
+        sys.exit(f"error: {how} plays {args.env_id}, not {env_id}; choose it with --games.")
+    envs = script.make_envs(env_id, NUM_ENVS, seed, num_threads=1)
+    if trained:
+        q_network = make_network(script, args, envs)
+        q_network.load_state_dict(saved["q_network"])
+        q_network.eval()
+    obs, starts = envs.reset()
+    actions = rng.integers(envs.n_actions, size=NUM_ENVS)
+    for _ in range(steps):
+        yield obs[:, -1], starts
+        if trained:
+            actions = script.act(q_network, obs, 0.01, rng, torch.device("cpu"))
+        else:
+            new = rng.random(NUM_ENVS) < (0.1 if how == "sticky" else 1)
+            actions = np.where(new, rng.integers(envs.n_actions, size=NUM_ENVS), actions)
+        obs, *_, infos = envs.step(actions)
+        starts = infos["episode_starts"]
+
+
+class Compressed:
+    """Frames in a Python list of compressed pieces. `stack`: the five of a transition together."""
+
+    def __init__(self, codec, stack):
+        self.stack, self.pieces, self.recent = stack, [], []
+        if codec == "lz4":
+            import lz4.block
+
+            self.compress, self.decompress = lz4.block.compress, lz4.block.decompress
+        elif codec == "zstd":
+            import zstandard
+
+            self.compress = zstandard.ZstdCompressor(level=3).compress
+            self.decompress = zstandard.ZstdDecompressor().decompress
+        else:
+            import snappy
+
+            self.compress, self.decompress = snappy.compress, snappy.decompress
+
+    def add(self, frames):
+        """`frames`: (NUM_ENVS, 84, 84) of one step."""
+        if self.stack:
+            self.recent = [*self.recent[-4:], frames.copy()]
+            if len(self.recent) == 5:
+                stacks = np.stack(self.recent, axis=1)
+                self.pieces.append([self.compress(stack.tobytes()) for stack in stacks])
+        else:
+            self.pieces.append([self.compress(frame.tobytes()) for frame in frames])
+
+    def sample(self, n, rng):
+        """-> obs and next_obs, (n, 4, 84, 84) uint8 each, of transitions at random places"""
+        frames = np.empty((n, 5, 84, 84), np.uint8)
+        steps = rng.integers(len(self.pieces) - (0 if self.stack else 4), size=n)
+        for i, (t, env) in enumerate(zip(steps, rng.integers(NUM_ENVS, size=n))):
+            if self.stack:
+                frames[i] = self.pixels(self.pieces[t][env]).reshape(5, 84, 84)
+            else:
+                for k in range(5):
+                    frames[i, k] = self.pixels(self.pieces[t + k][env]).reshape(84, 84)
+        return np.ascontiguousarray(frames[:, :4]), np.ascontiguousarray(frames[:, 1:])
+
+    def pixels(self, piece):
+        return np.frombuffer(self.decompress(piece), np.uint8)
+
+    def bytes_per_frame(self):
+        sizes = [len(piece) + OBJECT for row in self.pieces for piece in row]
+        return sum(sizes) / len(sizes)
+
+
+def fast_replay(capacity, storage, **options):
+    from fastreplay import FrameReplay
+
+    options |= {"storage": storage, "seed": 1, "threads": 1}
+    return FrameReplay(capacity, (84, 84), NUM_ENVS, **options)
+
+
+def add(replay, frames, starts):
+    """Add a row of transitions; only the frames matter here. -> seconds"""
+    zeros = np.zeros(NUM_ENVS, np.int64), np.zeros(NUM_ENVS, np.float32), np.zeros(NUM_ENVS, bool)
+    begin = time.perf_counter()
+    replay.add(frames, *zeros, starts)
+    return time.perf_counter() - begin
+
+
+def measure_turns(game, how, args):
+    """Plain and tiles on the same frames, and the compressors on the first of them."""
+    torch.set_num_threads(1)
+    steps = args.frames // NUM_ENVS
+    stores = {
+        (storage, output): fast_replay(steps * NUM_ENVS, storage, **options)
+        for storage in ("auto", "tiles")
+        for output, options in FORMATS.items()
+    }
+    peers = {}
+    for codec in args.codecs:
+        peers[codec] = Compressed(codec, stack=False)
+        peers[f"{codec} stack"] = Compressed(codec, stack=True)
+    seconds = dict.fromkeys([*stores, *peers], 0.0)
+    for t, (frames, starts) in enumerate(play(game, how, steps)):
+        for key, replay in stores.items():
+            seconds[key] += add(replay, frames, starts)
+        for key, peer in peers.items() if t < args.peer_frames // NUM_ENVS else ():
+            begin = time.perf_counter()
+            peer.add(frames)
+            seconds[key] += time.perf_counter() - begin
+    result = {"stores": {}, "frames": steps * NUM_ENVS}
+    for storage, name in (("auto", "plain"), ("tiles", "tiles")):
+        key = storage, "uint8"
+        result["stores"][name] = {
+            "bytes": stores[key].nbytes / (steps * NUM_ENVS),
+            "adds": steps * NUM_ENVS / seconds[key],
+        }
+    for output in FORMATS:
+        times = sample_in_turns(stores["auto", output], stores["tiles", output], args)
+        for name in ("plain", "tiles"):
+            result["stores"][name] |= {f"{output} {n}": times[name, n] for n in SIZES}
+    rng, peer_frames = np.random.default_rng(0), args.peer_frames // NUM_ENVS * NUM_ENVS
+    for key, peer in peers.items():
+        found = {"bytes": peer.bytes_per_frame(), "adds": peer_frames / seconds[key]}
+        for n in SIZES:
+            times = []
+            for _ in range(args.turns):
+                begin = time.perf_counter()
+                peer.sample(n, rng)
+                times.append(time.perf_counter() - begin)
+            found[f"uint8 {n}"] = times
+        result["stores"][key] = found
+    return result
+
+
+def sample_in_turns(plain, tiles, args):
+    """{(store, n): seconds of each turn, the fastest of five samples}. Batches must be equal."""
+    stores, times = {"plain": plain, "tiles": tiles}, {}
+    for n in SIZES:
+        outs = {name: store.sample(n) for name, store in stores.items()}
+        for _ in range(args.turns):
+            for name, store in stores.items():
+                best = np.inf
+                for _ in range(5):
+                    begin = time.perf_counter()
+                    store.sample(n, out=outs[name])
+                    best = min(best, time.perf_counter() - begin)
+                times.setdefault((name, n), []).append(best)
+            for ours, theirs in zip(outs["plain"][:5], outs["tiles"][:5]):
+                if not torch.equal(ours, theirs):
+                    raise RuntimeError("a batch from tiles differs from the plain one")
+    return times
+
+
+def measure_growth(game, how, args):
+    """Tiles alone: bytes a frame, resident memory and times of adds while frames are added."""
+    torch.set_num_threads(1)
+    capacity = args.growth // NUM_ENVS * NUM_ENVS
+    replay = fast_replay(capacity, "tiles")
+    other = COLUMNS * capacity  # of actions and so on, taken at once
+    points, times, mark, before = [], [], 10_000, resident_bytes()
+    for t, row in enumerate(play(game, how, capacity // NUM_ENVS), 1):
+        times.append(add(replay, *row))
+        count = t * NUM_ENVS
+        if t == 1:
+            before = resident_bytes()  # the games have started
+        if count >= min(mark, capacity):
+            quantiles = np.percentile(times, [50, 99.9, 100]) * 1e6
+            points.append(
+                {
+                    "frames": count,
+                    "bytes": (replay.nbytes - other) / count + COLUMNS,
+                    "resident": resident_bytes() - before,
+                    "adds": NUM_ENVS * len(times) / sum(times),
+                    "add us": quantiles.tolist(),
+                }
+            )
+            mark, times = 2 * mark, []
+    return {"growth": points}
+
+
+PARTS = {"turns": measure_turns, "growth": measure_growth}
+
+
+def run_part(part, game, how, args):
+    """One part in a process of its own. Exits with its last line if it fails."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", part, game, str(how)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        sys.exit(
+            f"error: {part} of {game}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def median(values):
+    return float(np.median([*values]))
+
+
+def microseconds(times):
+    return median(times) * 1e6
+
+
+def ratio(stores, key):
+    """Median over the turns of tiles' time to plain's."""
+    turns = zip(stores["tiles"][key], stores["plain"][key])
+    return median(ours / theirs for ours, theirs in turns)
+
+
+def report_of(rows, args):
+    """The record's page, in Markdown. `rows`: [(game, how, results of its parts)]"""
+    found = [(game, how, parts["turns"]["stores"]) for game, how, parts in rows]
+    head = f"{args.frames:,} frames a row, one thread, {args.turns} turns; times in microseconds."
+    lines = ["# Frame stores on real games", "", head, "", *stores_table(found)]
+    names = [name for name in found[0][2] if name not in ("plain", "tiles")]
+    if names:
+        lines += [
+            "",
+            "Compressors, medians over the rows above; times of uint8 samples, and their ",
+        ]
+        lines[-1] += "ratio to plain:"
+        lines += ["", *compressors_table([stores for *_, stores in found], names)]
+    if args.growth:
+        lines += ["", f"Tiles alone, up to {args.growth:,} frames; an add is a row of {NUM_ENVS}:"]
+        lines += ["", *growth_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def stores_table(rows):
+    """Plain beside tiles, and the medians over the rows."""
+    keys = [f"{output} {n}" for output in FORMATS for n in SIZES]
+    head = ["game", "play", "bytes a frame: plain", "tiles", "adds/s: plain", "tiles"]
+    head += [f"sample({key.split()[1]}), {key.split()[0]}: plain, tiles, ratio" for key in keys]
+    lines = [table_row(head), table_row(["---", "---", *["---:"] * (len(head) - 2)])]
+    for game, how, stores in rows:
+        both = stores["plain"], stores["tiles"]
+        cells = [game, how, *(f"{store['bytes']:,.0f}" for store in both)]
+        cells += [f"{store['adds']:,.0f}" for store in both]
+        for key in keys:
+            cells.append(", ".join(f"{microseconds(store[key]):.0f}" for store in both))
+            cells[-1] += f", {ratio(stores, key):.2f}"
+        lines.append(table_row(cells))
+    cells = [median(stores["tiles"]["bytes"] for *_, stores in rows)]
+    cells = ["median", "", "", f"{cells[0]:,.0f}", "", ""]
+    cells += [f"{median(ratio(stores, key) for *_, stores in rows):.2f}" for key in keys]
+    return [*lines, table_row(cells)]
+
+
+def compressors_table(found, names):
+    """Medians over the rows of each compressor. `found`: the stores of each row"""
+    head = ["store", "bytes a frame", "adds/s", *(f"sample({n}), ratio" for n in SIZES)]
+    lines = [table_row(head), table_row(["---", *["---:"] * (len(head) - 1)])]
+    for name in names:
+        cells = [name, *(f"{median(s[name][x] for s in found):,.0f}" for x in ("bytes", "adds"))]
+        for key in (f"uint8 {n}" for n in SIZES):
+            times = [(microseconds(s[name][key]), microseconds(s["plain"][key])) for s in found]
+            cells.append(f"{median(ours for ours, _ in times):,.0f}, ")
+            cells[-1] += f"{median(ours / plain for ours, plain in times):.1f}"
+        lines.append(table_row(cells))
+    return lines
+
+
+def growth_table(rows):
+    head = ["game", "play", "frames", "bytes a frame", "resident memory, MB", "adds/s"]
+    head += ["us an add: median, 99.9%, slowest"]
+    lines = [table_row(head), table_row(["---", "---", *["---:"] * 5])]
+    for game, how, parts in rows:
+        for point in parts["growth"]["growth"]:
+            cells = [game, how, f"{point['frames']:,}", f"{point['bytes']:.0f}"]
+            cells += [f"{point['resident'] / 1e6:,.0f}", f"{point['adds']:,.0f}"]
+            cells += [", ".join(f"{x:.0f}" for x in point["add us"])]
+            lines.append(table_row(cells))
+    return lines
+
+
+def figure_of(rows):
+    """Bytes a frame of tiles in each game, and of the compressors in the median game."""
+    bars = [
+        (f"{game}, {how}", parts["turns"]["stores"]["tiles"]["bytes"], False)
+        for game, how, parts in rows
+    ]
+    for name in rows[0][2]["turns"]["stores"]:
+        if name not in ("plain", "tiles"):
+            found = (parts["turns"]["stores"][name]["bytes"] for *_, parts in rows)
+            bars.append((f"{name}, median game", median(found), True))
+    bars.sort(key=lambda bar: bar[1])
+    note = "frames of 84x84, 7,056 bytes each; blue: tiles, grey: compressors"
+    return draw_bars(bars, "Memory of a frame", note, "bytes a frame, lower is better")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--games", nargs="+", default=GAMES, help="names without NoFrameskip-v4")
+    parser.add_argument("--play", nargs="+", default=["sticky"], help="random, sticky, checkpoints")
+    parser.add_argument("--frames", type=int, default=100_000, help="in each store")
+    parser.add_argument(
+        "--peer-frames", type=int, default=16_000, help="in each compressor's store"
+    )
+    parser.add_argument("--codecs", nargs="*", default=["lz4", "zstd", "snappy"])
+    parser.add_argument("--growth", type=int, default=0, help="frames into tiles alone; 0: no")
+    parser.add_argument("--turns", type=int, default=40, help="of each sample")
+    parser.add_argument("--record", type=Path, help="folder of the record")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        part, game, how = args.worker
+        print(json.dumps(PARTS[part](game, how, args)))
+        return
+    for name, number in (("--frames", args.frames), ("--peer-frames", args.peer_frames)):
+        if number < 1_000:
+            parser.error(f"{name} must be 1000 or more")
+    if args.record:
+        commit = clean_commit()
+        pyplot()  # exits here if it is missing, not after the measurement
+    rows = []
+    for how in args.play:
+        for game in args.games:
+            parts = {"turns": run_part("turns", game, how, args)}
+            if args.growth:
+                parts["growth"] = run_part("growth", game, how, args)
+            name = how if how in ("random", "sticky") else "trained"
+            rows.append((game, name, parts))
+            stores = parts["turns"]["stores"]
+            ratios = ", ".join(f"{ratio(stores, f'float32 {n}'):.2f}" for n in SIZES)
+            print(f"{game}, {name}: {stores['tiles']['bytes']:.0f} bytes, {ratios}", flush=True)
+    report = report_of(rows, args)
+    print(report)
+    if args.record:
+        write_record(args.record, {"rows": rounded([list(row) for row in rows])}, report, commit)
+        save(figure_of(rows), args.record / "bytes")
+
+
+if __name__ == "__main__":
+    main()

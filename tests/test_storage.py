@@ -1,0 +1,107 @@
+"""benchmarks/storage.py: frame stores on real games."""
+
+import json
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from test_benchmarks import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+storage = pytest.importorskip("storage")
+
+
+def module_of(codec):
+    return {"lz4": "lz4.block", "zstd": "zstandard", "snappy": "snappy"}[codec]
+
+
+@pytest.mark.parametrize("stack", [False, True], ids=["frame", "stack"])
+@pytest.mark.parametrize("codec", ["lz4", "zstd", "snappy"])
+def test_compressors_give_the_frames_back(codec, stack):
+    """obs and next_obs of a transition overlap in three frames; its place is any."""
+    pytest.importorskip(module_of(codec))
+    store, rng = storage.Compressed(codec, stack), np.random.default_rng(0)
+    frames = rng.integers(256, size=(9, storage.NUM_ENVS, 84, 3), dtype=np.uint8).repeat(28, 3)
+    for row in frames:
+        store.add(row)
+    stacks = {frames[t : t + 5, env].tobytes() for t in range(5) for env in range(storage.NUM_ENVS)}
+    seen = set()
+    for obs, next_obs in zip(*store.sample(200, rng)):
+        assert obs.shape == (4, 84, 84) and (obs[1:] == next_obs[:-1]).all()
+        seen.add(np.concatenate([obs, next_obs[-1:]]).tobytes())
+    assert seen == stacks
+    assert 84 * 3 < store.bytes_per_frame() < 84 * 84 * (5 if stack else 1) / 2
+
+
+@pytest.mark.parametrize("how", ["random", "sticky"])
+def test_how_games_are_played(how, monkeypatch):
+    """Sticky actions are kept nine times in ten. Frames are those of the environments."""
+    script, actions = load("dqn_atari"), []
+    monkeypatch.setattr(storage, "load", lambda name: script)
+    step = script.Games.step
+    monkeypatch.setattr(script.Games, "step", lambda self, a: (actions.append(a), step(self, a))[1])
+    rows = [*storage.play("Pong", how, 300)]
+    kept = np.mean(np.diff(actions, axis=0) == 0)
+    assert abs(kept - (1 / 6 if how == "random" else 0.9 + 0.1 / 6)) < 0.04
+    assert rows[0][0].shape == (storage.NUM_ENVS, 84, 84) and rows[0][1].all()
+    assert not any(starts.any() for _, starts in rows[1:200])
+    assert len({frames.tobytes() for frames, _ in rows}) > 100
+
+
+def test_a_checkpoint_plays_its_own_game(tmp_path):
+    script = load("dqn_atari")
+    args = script.RunArgs(env_id="PongNoFrameskip-v4")
+    network = script.QNetwork(6)
+    saved = {"script": "dqn_atari", "args": vars(args), "q_network": network.state_dict()}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    assert len([*storage.play("Pong", tmp_path / "checkpoint.pt", 3)]) == 3
+    with pytest.raises(SystemExit, match="plays PongNoFrameskip-v4, not BreakoutNoFrameskip-v4"):
+        next(storage.play("Breakout", tmp_path / "checkpoint.pt", 3))
+
+
+def test_a_record(tmp_path, monkeypatch, capsys):
+    """Two short rows; the page has their numbers, and tiles take less than plain frames."""
+    pytest.importorskip("fastreplay")
+    args = Namespace(frames=4_000, peer_frames=1_000, codecs=[], growth=2_000, turns=3)
+    rows = []
+    for game in ("Pong", "Breakout"):
+        parts = {name: part(game, "sticky", args) for name, part in storage.PARTS.items()}
+        rows.append((game, "sticky", json.loads(json.dumps(parts))))
+    stores = rows[0][2]["turns"]["stores"]
+    assert stores["tiles"]["bytes"] < stores["plain"]["bytes"] == pytest.approx(7_065, abs=2)
+    assert set(stores["tiles"]) == {"bytes", "adds"} | {
+        f"{output} {n}" for output in ("float32", "uint8") for n in (32, 256)
+    }
+    assert all(len(stores["tiles"][f"uint8 {n}"]) == 3 for n in (32, 256))
+    (point,) = rows[0][2]["growth"]["growth"]
+    assert point["frames"] == 2_000 and point["add us"][0] <= point["add us"][2]
+    page = storage.report_of(rows, args)
+    assert (
+        f"| Pong | sticky | {stores['plain']['bytes']:,.0f} | {stores['tiles']['bytes']:,.0f} |"
+        in page
+    )
+    assert "| Breakout | sticky | 2,000 |" in page
+    stores["tiles"]["uint8 32"] = [2.0, 3.0, 8.0]
+    stores["plain"]["uint8 32"] = [4.0, 2.0, 8.0]
+    assert storage.ratio(stores, "uint8 32") == 1.0
+    pytest.importorskip("matplotlib")
+    assert len(storage.figure_of(rows).axes[0].patches) == 2
+
+
+def test_different_batches_are_an_error():
+    """The comparison in turns: a store with another seed draws other rows."""
+    pytest.importorskip("fastreplay")
+    options = {"num_envs": storage.NUM_ENVS, "threads": 1}
+    from fastreplay import FrameReplay
+
+    replays = [FrameReplay(800, (84, 84), seed=seed, **options) for seed in (1, 2)]
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        frames = rng.integers(256, size=(storage.NUM_ENVS, 84, 84), dtype=np.uint8)
+        for replay in replays:
+            storage.add(replay, frames, np.zeros(storage.NUM_ENVS, bool))
+    with pytest.raises(RuntimeError, match="differs from the plain one"):
+        storage.sample_in_turns(*replays, Namespace(turns=1))
