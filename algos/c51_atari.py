@@ -11,7 +11,7 @@ Parent: dqn_atari.py. What changes: QNetwork and td_loss; --n-atoms, --v-min and
 paper's learning rate, Adam's epsilon and target period.
 
 Deviations from the paper:
-1. 10M agent steps of 4 frames (paper: 50M); PyTorch's default initialisation; the last convolution
+1. 10M agent steps of 4 frames (paper: 50M); PyTorch's initialisation; the last convolution
    is flattened by row, column, channel.
 2. Epsilon is 0.01 in evaluation (paper: 0.001); games last up to 30 minutes (paper: 5).
 3. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.

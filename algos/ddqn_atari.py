@@ -8,9 +8,9 @@ Here theta chooses the action and theta^- evaluates it: an error of theta does n
 Parent: dqn_atari.py. What changes: two lines of td_loss.
 
 Deviations from the paper:
-1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp; PyTorch's default initialisation; the
-   last convolution is flattened by row, column, channel, which only orders the weights; each action
-   has its own bias (paper, tuned: one for all).
+1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp; the last convolution is flattened by
+   row, column, channel, which only orders the weights; each action has its own bias (paper, tuned:
+   one for all).
 2. 10M agent steps of 4 frames (paper: 50M). Epsilon ends at 0.01 and is 0.01 in evaluation (paper,
    tuned: 0.01 and 0.001); games last up to 30 minutes (paper, from no-op starts: 5).
 3. theta^- lives 1,000 agent steps, which are 250 updates (paper, tuned: 30,000 frames).

@@ -10,8 +10,8 @@ Parent: none. Read down to the line of =: that is all of DQN. Then: diff with dd
 
 Deviations from the paper (its value in parentheses):
 1. Vector observations, a perceptron, 4 environments, unclipped rewards, 200,000 steps (50M).
-2. Adam (learning rate 1e-3 annealed to 0; its epsilon 1e-8) instead of RMSProp; PyTorch's default
-   initialisation; batch 128 (32), an update every 2 steps (4), replay 200,000 (1M), start 2,000.
+2. Adam (learning rate 1e-3 annealed to 0; its epsilon 1e-8) instead of RMSProp; batch 128 (32), an
+   update every 2 steps (4), replay 200,000 (1M), start 2,000.
 3. Squared error (--loss huber: errors clipped to [-1, 1], as in the paper).
 4. theta^- lives 250 updates (10,000); epsilon ends at 0.05 (0.1) and is 0 in evaluation (0.05).
 

@@ -9,8 +9,8 @@ makes V and A unique: otherwise a constant could move from one to the other with
 Parent: ddqn_atari.py. What changes: QNetwork, and the gradient's norm is clipped to 10.
 
 Deviations from the paper: 2, 3 and 4 of ddqn_atari.py, and
-1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp (6.25e-5); PyTorch's default
-   initialisation; the last convolution is flattened by row, column, channel.
+1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp (6.25e-5); the last
+   convolution is flattened by row, column, channel.
 
 Run: python algos/dueling_ddqn_atari.py --env-id BreakoutNoFrameskip-v4
 """

@@ -10,7 +10,7 @@ Parent: dqn_atari.py. What changes: three arguments, tau_log_pi, the target in t
 learning rate, Adam's epsilon, target period and start.
 
 Deviations from the paper:
-1. 10M agent steps of 4 frames (paper: 50M); PyTorch's default initialisation; the last convolution
+1. 10M agent steps of 4 frames (paper: 50M); PyTorch's initialisation; the last convolution
    is flattened by row, column, channel.
 2. A life lost ends an episode, and the v4 games have no sticky actions (paper: neither; take
    ALE/Breakout-v5). Epsilon decays in 1M steps (paper: 250,000).

@@ -11,7 +11,7 @@ Parent: dqn_atari.py. What changes: six parts; [file] names where a block comes 
 settings. Below the line, unchanged: PrioritizedFrameReplay and NoisyLinear.
 
 Deviations from the paper:
-1. 10M agent steps of 4 frames (paper: 50M); PyTorch's default initialisation; the last convolution
+1. 10M agent steps of 4 frames (paper: 50M); PyTorch's initialisation; the last convolution
    is flattened by row, column, channel.
 2. Evaluation is without noise, with epsilon 0.01 (paper: 0); games last up to 30 minutes.
 3. w_i is divided by the largest of the batch (paper: not said). Without distributions the priority
