@@ -8,20 +8,23 @@ A whole table stands between two comments, the first of which names its kind and
     <!-- results: learning 2026-01-01_cartpole 2026-01-02_acrobot -->
     <!-- end of results -->
 
-Kinds: `learning` (records of train.py), `minatar` (the same, one column for each game) and
-`throughput` (of throughput.py). A word rows=PATTERN keeps the rows whose name it matches, a regular
-expression without spaces. In any other table, a row that names a script and links a record of
-train.py or tabular.py has its "5 of 5" from that record: how many seeds reached the goal.
+Kinds: `learning` (records of train.py), `minatar` (the same, one column for each game),
+`throughput` (of throughput.py) and `speedrun` (of speedrun.py). A word rows=PATTERN keeps the rows
+whose name it matches, a regular expression without spaces. In any other table, a row that names a
+script and links a record of train.py or tabular.py has its "5 of 5" from that record: how many
+seeds reached the goal.
 """
 
 import argparse
 import difflib
 import json
+import math
 import re
 import statistics
 import sys
 
 from machine import ROOT
+from speedrun import median_seconds, words
 from throughput import algorithm_of
 from train import bootstrap_interval, grouped, interquartile_mean, table_row
 
@@ -134,7 +137,31 @@ def throughput_table(records, page):
     return lines
 
 
-TABLES = {"learning": learning_table, "minatar": minatar_table, "throughput": throughput_table}
+def speedrun_table(records, page):
+    """A row for each speed run: its median, the fastest and the slowest seed."""
+    head = ["environment", "goal", "file and flags", "seconds, median (seeds)", "steps, median"]
+    lines = [table_row([*head, "record"]), table_row(["---", "---:", "---", "---:", "---:", "---"])]
+    for name in records:
+        record = read_record(name)
+        runs = record["runs"]
+        solved = [run for run in runs if run["steps"]]
+        flags = record["command"].split("--eval-episodes 0", 1)[1].strip()
+        seconds = [run["seconds"] for run in solved] or [math.inf]
+        times = f"{words(median_seconds(runs))} ({min(seconds):.1f} to {max(seconds):.1f}; "
+        times += f"{len(solved)} of {len(runs)} seeds)"
+        command = f"`{record['script']}.py {flags}".strip() + "`"
+        cells = [record["env_id"], f"{record['goal']:g}", command, times]
+        steps = statistics.median([run["steps"] for run in solved] or [math.nan])
+        lines.append(table_row([*cells, f"{steps:,.0f}", link(name, page)]))
+    return lines
+
+
+TABLES = {
+    "learning": learning_table,
+    "minatar": minatar_table,
+    "throughput": throughput_table,
+    "speedrun": speedrun_table,
+}
 
 
 def seeds_at_goal(name, script):

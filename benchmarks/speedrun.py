@@ -86,7 +86,7 @@ def report_of(results):
         lines[-1] += f", {ratio:.2f} times as fast." if math.isfinite(ratio) and ratio else "."
         lines += ["", f"What has changed: {results['change']}"]
     lines += ["", "Each run:", "", "```bash", f"{results['command']} --seed SEED", "```", ""]
-    lines += [f"The file is in this folder ({results['script']}.py), and so are the logs."]
+    lines += [f"The file is in this folder ({results['script']}.py.txt), and so are the logs."]
     return "\n".join(lines)
 
 
@@ -146,7 +146,7 @@ def main():
         print(report)
         if args.record:
             write_record(args.record, results, report, commit)
-            shutil.copy(script, args.record)
+            shutil.copy(script, args.record / f"{script.name}.txt")
             for seed in args.seeds:
                 log = "\n".join(x for x in lines_of(Path(folder, str(seed))) if "step/s" not in x)
                 (args.record / f"seed_{seed}.txt").write_text(log + "\n")

@@ -138,6 +138,21 @@ def test_a_table_of_throughput(project):
     assert names == ["| " + ours, "| " + theirs]
 
 
+def test_a_table_of_speed_runs(project):
+    runs = [{"seconds": 20.0 + i, "steps": 1000 * (i + 1)} for i in range(2)]
+    runs += [{"seconds": 5.0, "steps": None}]
+    record = {"script": "dqn_cartpole", "env_id": "CartPole-v1", "goal": 475, "runs": runs}
+    record["command"] = "python algos/dqn_cartpole.py --eval-episodes 0 --num-envs 16"
+    write_record(project, "fast", record)
+    page = project / "README.md"
+    page.write_text("<!-- results: speedrun fast -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    assert page.read_text().splitlines()[3] == (
+        "| CartPole-v1 | 475 | `dqn_cartpole.py --num-envs 16` | "
+        "21.0 s (20.0 to 21.0; 2 of 3 seeds) | 1,500 | [record](benchmarks/records/fast) |"
+    )
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [("learning nothing", "needs the record nothing"), ("sorcery one", "unknown table sorcery")],

@@ -54,7 +54,7 @@ def test_a_record_and_the_next(repository):
     assert "# Speed run: dqn_cartpole.py on CartPole-v1 to 475" in page
     assert "2 of 3 seeds got there" in page and "| never |" in page
     assert f"**{max(seconds[:2]):.1f} s**" in page  # never, a number, a smaller number
-    assert (repository / "one" / "dqn_cartpole.py").read_text() == SCRIPT
+    assert (repository / "one" / "dqn_cartpole.py.txt").read_text() == SCRIPT
     log = (repository / "one" / "seed_1.txt").read_text()
     assert log.startswith("progress\n") and "step/s" not in log and "after 321 episodes" in log
     words = [*TOOL, "--seeds", 1, 2, 4, "--against", "one", "--change", "less sleep"]
