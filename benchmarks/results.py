@@ -8,9 +8,10 @@ A whole table stands between two comments, the first of which names its kind and
     <!-- results: learning 2026-01-01_cartpole 2026-01-02_acrobot -->
     <!-- end of results -->
 
-Kinds: `learning` (records of train.py), `minatar` (the same, one column for each game),
-`throughput` (of throughput.py) and `speedrun` (of speedrun.py). A word rows=PATTERN keeps the rows
-whose name it matches, a regular expression without spaces. In any other table, a row that names a
+Kinds: `learning` (records of train.py; RECORD/SCRIPT takes one script of a record), `minatar` (the
+same, one column for each game), `throughput` (of throughput.py) and `speedrun` (of speedrun.py). A
+word rows=PATTERN keeps the rows whose name it matches, a regular expression without spaces. In any
+other table, a row that names a
 script and links a record of train.py or tabular.py has its "5 of 5" from that record: how many
 seeds reached the goal.
 """
@@ -42,9 +43,12 @@ def read_record(name):
     """The contents of a record's results.json. Exits with one line if there is none."""
     file = ROOT / "benchmarks" / "records" / name / "results.json"
     try:
-        return json.loads(file.read_text())
+        record = json.loads(file.read_text())
     except (OSError, ValueError) as e:
         sys.exit(f"error: a table needs the record {name}, which cannot be read ({e}).")
+    if "script" in record:  # of one script, which older records do not repeat for each run
+        record["runs"] = [{"script": record["script"]} | run for run in record["runs"]]
+    return record
 
 
 def link(name, page, text="record"):
@@ -66,9 +70,12 @@ def learning_table(records, page):
     head += ["final evaluations: interquartile mean (95% interval)", "lowest to highest"]
     lines = [table_row([*head, "record"])]
     lines += [table_row(["---", "---", "---:", "---:", "---:", "---:", "---"])]
-    for name in records:
+    for word in records:
+        name, _, only = word.partition("/")
         record = read_record(name)
         for (script, env_id), runs in grouped(record["runs"], "script", "env_id").items():
+            if only not in ("", script):
+                continue
             final = [run["final_return"] for run in runs]
             low, high = bootstrap_interval(final)
             cells = [f"`{script}.py`", env_id, f"{record['goal']:g}"]
@@ -174,7 +181,7 @@ def seeds_at_goal(name, script):
         found = [x for x in record["learning"] if x["script"] == script]
         best = [[abs(y - x["optimum"]) < 1e-9 for y in x["returns"]] for x in found]
         return f"{sum(map(all, zip(*best)))} of {len(best[0])}" if best else None
-    runs = [run for run in record.get("runs", []) if run.get("script", script) == script]
+    runs = [run for run in record.get("runs", []) if run.get("script") == script]
     if not runs or any("reaches_goal" not in run for run in runs):
         return None
     return f"{sum(map(reaches, runs))} of {len(runs)}"

@@ -73,6 +73,20 @@ def test_a_table_of_learning(project):
     assert page.read_text() == text
 
 
+def test_one_script_of_a_record(project):
+    """Also of an older record, whose runs do not name their script."""
+    runs = [make_run(script, 1, final) for script, final in (("a", 500), ("b", 0))]
+    write_record(project, "both", {"goal": 475, "runs": runs})
+    old = {key: value for key, value in make_run("c", 1, 480).items() if key != "script"}
+    write_record(project, "old", {"goal": 475, "script": "c", "runs": [old]})
+    page = project / "README.md"
+    page.write_text("<!-- results: learning both/b old -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    rows = page.read_text().splitlines()[3:-1]
+    assert [row.split(" | ")[0] for row in rows] == ["| `b.py`", "| `c.py`"]
+    assert [row.split(" | ")[3] for row in rows] == ["0 of 1", "1 of 1"]
+
+
 def test_a_row_that_links_a_record(project):
     """In other tables the count is that of the row's script; prose and other rows stay."""
     runs = [make_run("a", seed, final) for seed, final in enumerate([500, 500, 0])]
