@@ -107,20 +107,13 @@ def interval(values):
     return f"{middle:.3g}{text}"
 
 
-def network_report(found, algorithms, env_ids):
-    """The page's part about networks."""
-    seeds = len({run["seed"] for run in found})
-    lines = [f"## {' and '.join(NAMES.get(name, name) for name in algorithms)}", ""]
-    lines += [f"![values]({figure_name(env_id, env_ids)}.png)" for env_id in env_ids]
+def value_table(found):
+    """The values of each environment and algorithm in the second half of training, in Markdown."""
     head = ["environment", "algorithm", "predicted", "true", "over-estimation", "return"]
-    lines += ["", table_row(head), table_row(["---", "---", *["---:"] * 4])]
-    for env_id in env_ids:
-        group = {run["algorithm"]: [] for run in found if run["env_id"] == env_id}
-        for run in found:
-            if run["env_id"] == env_id:
-                group[run["algorithm"]].append(run)
+    lines = [table_row(head), table_row(["---", "---", *["---:"] * 4])]
+    for (env_id,), group in grouped(found, "env_id").items():
         bias = {}
-        for name, runs in group.items():
+        for (name,), runs in grouped(group, "algorithm").items():
             predicted, true, returns = (
                 np.array([late(run, key) for run in runs])
                 for key in ("predicted", "true", "returns")
@@ -133,6 +126,15 @@ def network_report(found, algorithms, env_ids):
         for other in others:  # the same seeds, in the same order
             cells = [env_id, f"{NAMES.get(first, first)} - {NAMES.get(other, other)}", "", ""]
             lines.append(table_row([*cells, interval(bias[first] - bias[other]), ""]))
+    return lines
+
+
+def network_report(found, algorithms, env_ids):
+    """The page's part about networks."""
+    seeds = len({run["seed"] for run in found})
+    lines = [f"## {' and '.join(NAMES.get(name, name) for name in algorithms)}", ""]
+    lines += [f"![values]({figure_name(env_id, env_ids)}.png)" for env_id in env_ids]
+    lines += ["", *value_table(found)]
     return [
         *lines,
         "",

@@ -9,7 +9,7 @@ A whole table stands between two comments, the first of which names its kind and
     <!-- end of results -->
 
 Kinds: `learning` (records of train.py; RECORD/SCRIPT takes one script of a record), `minatar` (the
-same, one column for each game), `throughput` (of throughput.py) and `speedrun` (of speedrun.py). A
+same, one column for each game), `throughput`, `speedrun` and `overestimation` (of those tools). A
 word rows=PATTERN keeps the rows whose name it matches, a regular expression without spaces. In any
 other table, a row that names a
 script and links a record of train.py or tabular.py has its "5 of 5" from that record: how many
@@ -25,6 +25,7 @@ import statistics
 import sys
 
 from machine import ROOT
+from overestimation import value_table
 from speedrun import median_seconds, words
 from throughput import algorithm_of
 from train import bootstrap_interval, grouped, interquartile_mean, table_row
@@ -163,7 +164,17 @@ def speedrun_table(records, page):
     return lines
 
 
+def overestimation_table(records, page):
+    """The values of overestimation.py: of each environment and algorithm, predicted and true."""
+    head, rule, rows = "", "", []
+    for name in records:
+        head, rule, *found = value_table(read_record(name)["runs"])
+        rows += [f"{row} {link(name, page)} |" for row in found]
+    return [f"{head} record |", f"{rule} --- |", *rows]
+
+
 TABLES = {
+    "overestimation": overestimation_table,
     "learning": learning_table,
     "minatar": minatar_table,
     "throughput": throughput_table,

@@ -68,6 +68,19 @@ def test_a_film_of_minatar(tmp_path, capsys, monkeypatch):
     assert all(min(np.abs(np.subtract(c, s)).max() for s in shown) < 8 for c in colours)
 
 
+NETWORKS = sorted((ROOT / "benchmarks" / "records").glob("*/networks/*.pt"))
+
+
+@pytest.mark.parametrize("file", NETWORKS, ids=lambda file: f"{file.parts[-3]}/{file.stem}")
+def test_the_networks_of_the_records_can_be_evaluated(file):
+    """By today's scripts: same arguments, same network."""
+    script = films.load(torch.load(file, weights_only=True)["script"])
+    state = script.load_checkpoint(str(file))  # exits with one line if the arguments differ
+    _, args, _, network = films.agent_of(file)
+    assert asdict(args) == state["args"]
+    assert all(map(torch.equal, network.state_dict().values(), state["q_network"].values()))
+
+
 def test_a_record_without_networks(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["films.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="has no networks"):

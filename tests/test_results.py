@@ -152,6 +152,26 @@ def test_a_table_of_throughput(project):
     assert names == ["| " + ours, "| " + theirs]
 
 
+def test_a_table_of_overestimation(project):
+    """Means over the second half of training; the last row is the difference, seed by seed."""
+    runs = []
+    for name, bias in (("dqn", 4.0), ("ddqn", 1.0)):
+        for seed in (1, 2):
+            values = {"steps": [10, 20], "predicted": [99.0, 5.0 + bias], "true": [0.0, 5.0]}
+            values |= {"returns": [0.0, 7.0], "algorithm": name}
+            runs.append(make_run(f"{name}_cartpole", seed, 7.0, **values))
+    write_record(project, "values", {"runs": runs})
+    page = project / "README.md"
+    page.write_text("<!-- results: overestimation values -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    end = "| [record](benchmarks/records/values) |"
+    assert page.read_text().splitlines()[3:-1] == [
+        "| CartPole-v1 | DQN | 9 (9 to 9) | 5 (5 to 5) | 4 (4 to 4) | 7 (7 to 7) " + end,
+        "| CartPole-v1 | Double DQN | 6 (6 to 6) | 5 (5 to 5) | 1 (1 to 1) | 7 (7 to 7) " + end,
+        "| CartPole-v1 | DQN - Double DQN |  |  | 3 (3 to 3) |  " + end,
+    ]
+
+
 def test_a_table_of_speed_runs(project):
     runs = [{"seconds": 20.0 + i, "steps": 1000 * (i + 1)} for i in range(2)]
     runs += [{"seconds": 5.0, "steps": None}]
