@@ -540,10 +540,11 @@ def test_rows_are_drawn_in_proportion_to_their_priority(kind):
     assert stats.chisquare(counts, draws * expected / expected.sum()).pvalue > 1e-4
 
 
-def test_a_run_updates_the_priorities_of_its_batches(in_tmp, monkeypatch):
+@pytest.mark.parametrize("name", ["per_ddqn_atari", "btr_atari"])
+def test_a_run_updates_the_priorities_of_its_batches(name, in_tmp, monkeypatch):
     """With |delta| of td_loss, in both replays; beta rises to 1."""
-    script = load("per_ddqn_atari")
-    options = small("per_ddqn_atari") | {"batch_size": 4, "eval_episodes": 0}
+    script = load(name)
+    options = small(name) | {"batch_size": 4, "eval_episodes": 0}
     for buffer in ("numpy", "auto"):
         updates, betas, td_loss, make = [], [], script.td_loss, script.make_replay
 
@@ -603,6 +604,13 @@ def test_papers_settings():
             "n_step": 3,
             "sigma_0": 0.5,
         },
+        "btr_atari": {
+            **{"learning_rate": 1e-4, "adam_eps": 0.005 / 256, "max_grad_norm": 10.0, "n_taus": 8},
+            **{"gamma": 0.997, "n_step": 3, "batch_size": 256, "num_envs": 64, "width": 2},
+            **{"train_frequency": 64, "target_network_frequency": 500 * 64, "per_alpha": 0.2},
+            **{"buffer_size": 2**20, "learning_starts": 200_000, "per_beta": 0.4},
+            **{"munchausen_alpha": 0.9, "entropy_tau": 0.03, "l0": -1, "sigma_0": 0.5},
+        },
     }.items():
         args = load(name).RunArgs()
         assert {key: getattr(args, key) for key in expected} == expected
@@ -620,6 +628,11 @@ def test_papers_settings():
         ("qrdqn_atari", {"n_quantiles": 0}, ["--n-quantiles", "positive"]),
         ("iqn_atari", {"n_taus": 0}, ["--n-taus", "positive"]),
         ("munchausen_dqn_atari", {"entropy_tau": 0}, ["--entropy-tau", "positive"]),
+        ("btr_atari", {"width": 0}, ["--width", "positive"]),
+        ("btr_atari", {"n_act_taus": 0}, ["--n-act-taus", "positive"]),
+        ("btr_atari", {"kappa": -1}, ["--kappa", "0 or more"]),
+        ("btr_atari", {"l0": 1}, ["--l0", "at most 0"]),
+        ("btr_atari", {"epsilon_until": 1.5}, ["--epsilon-until", "between 0 and 1"]),
         ("dqn_atari", {"adam_eps": 0}, ["--adam-eps", "positive"]),
     ],
 )

@@ -76,6 +76,8 @@ OF_RAINBOW_ATARI = {
     *("import functools", "Args", "QNetwork", "td_loss", "projected", "main"),
     *("FIXED_WITH_REPLAY", *TAKEN_BY_RAINBOW_ATARI),
 }
+TAKEN_BY_BTR = {"quantile_huber_loss": "iqn_atari", "tau_log_pi": "munchausen_dqn_atari"}
+OF_BTR = {"Args", "Residual", "QNetwork", *TAKEN_BY_BTR, "td_loss", "main"}
 OF_REPLAY_ATARI = ("BYTES_PER_ROW", "FrameReplay", "make_replay", "cuda_problem", "memory_warning")
 OF_PQN_ATARI = {
     *("Args", "Batch", "Rollout", "ChannelNorm", "QNetwork", "lambda_returns", "td_loss", "main"),
@@ -145,6 +147,8 @@ FAMILY = {
         "ddqn_atari", OF_PER_ATARI, 138, 1264, 223, {"SumTree": "per_dqn_cartpole"}
     ),
     "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 277, 1360, 245, TAKEN_BY_RAINBOW_ATARI),
+    # Seven methods of other files are above the line; what Rainbow has below it, this has, too.
+    "btr_atari": Member("rainbow_atari", OF_BTR, 231, 1392, 275, TAKEN_BY_BTR, ("projected",)),
     "pqn_atari": Member(
         "dqn_atari",
         OF_PQN_ATARI,

@@ -42,6 +42,7 @@ SMALL = {
         "eval_e": 1.0,
         "env_id": "PongNoFrameskip-v4",
         "torch_threads": 1,
+        "width": 1,
     },
 }
 
