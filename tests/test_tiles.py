@@ -617,22 +617,17 @@ def test_memory_on_the_gpu_is_bounded(cuda, source):
 
 
 def test_an_add_without_memory_on_the_gpu_changes_nothing(emulation, monkeypatch):
-    """Each row is first added with memory for one allocation at most, or for none."""
+    """Each row is first added while there is no memory."""
     cpu, gpu = on_both(3000, (84, 84), num_envs=2)
-    allocate, left, refused = type(emulation).on_device, 0, 0
+    refused = 0
 
-    def limited(self, *arguments, **options):
-        nonlocal left
-        if left == 0:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        left -= 1
-        return allocate(self, *arguments, **options)
+    def no_room(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for step, row in zip(range(300), rows_of(noise, (84, 84), 2)):
+    for _, row in zip(range(400), rows_of(noise, (84, 84), 2)):
         cpu.add(*row)
-        left = step % 2
         with monkeypatch.context() as patch:
-            patch.setattr(type(emulation), "on_device", limited)
+            patch.setattr(type(emulation), "on_device", no_room)
             try:
                 gpu.add(*row)
                 continue

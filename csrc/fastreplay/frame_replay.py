@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreplay import _cpu
-from fastreplay._device import Backend
+from fastreplay._device import Backend, tiles_problem
 from fastreplay._state import check_equal, check_integers, check_keys, check_tensor
 from fastreplay.sum_tree import SumTree
 
@@ -170,6 +170,10 @@ class FrameReplay:
             )
 
         backend = Backend(device)
+        if storage == "tiles" and backend.is_cuda:
+            problem = tiles_problem(backend.torch_device.index)
+            if problem:
+                raise RuntimeError(problem)
         self._backend, self.device = backend, backend.torch_device
         self.capacity, self.frame_shape, self.num_envs = capacity, frame_shape, num_envs
         self.stack, self.n_step, self.gamma = stack, n_step, gamma
