@@ -670,9 +670,10 @@ def test_runs_are_bit_identical(cuda):
 
 
 @pytest.mark.gpu
-def test_threads_that_use_one_replay():
+@pytest.mark.parametrize("storage", ["device", "tiles"])
+def test_threads_that_use_one_replay(storage):
     """One thread adds on a separate stream while another samples and waits."""
-    _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
+    _, replay = pair(2000, (84, 84), steps=20, prioritized=True, storage=storage)
     rng, stream, stop = np.random.default_rng(0), torch.cuda.Stream(), threading.Event()
     rows = [(frames_of(rng), *Games(2, rng).step()[1:]) for _ in range(50)]
 

@@ -83,11 +83,11 @@ class FrameReplay:
     raises MemoryError (torch.OutOfMemoryError on a GPU) and changes nothing.
 
     Tiles on a GPU: the CPU finds equal tiles, so `add` codes the frames there, keeps them in the
-    CPU's memory too, and sends only what is new. Samples read the tiles in the GPU's memory. It
-    grows in segments of 2 MiB or more, which are not returned before the replay is deleted or
-    another state is loaded. Frames that are on the GPU already are copied to the CPU first, for
-    which `add` waits. `add` cannot be captured in a CUDA graph (RuntimeError). All of this was
-    tested on an emulation only; no GPU has run it yet.
+    CPU's memory too, and sends only what is new. Samples read the tiles in the GPU's memory, of
+    which `add` allocates segments of 2 MiB or more when they are needed; they are not returned
+    before the replay is deleted or another state is loaded. Frames that are on the GPU already are
+    copied to the CPU first, for which `add` waits. `add` cannot be captured in a CUDA graph
+    (RuntimeError). All of this was tested on an emulation only; no GPU has run it yet.
 
     CUDA graphs: `sample`, `update_priorities` and, with tensors on the GPU, `add` can be captured.
     Each launch of the graph continues the draws and uses the current `per_beta`; other attributes
