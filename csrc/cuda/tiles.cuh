@@ -1,20 +1,19 @@
 // Copies the frames of a stack from tiles (device_tiles.h) into a batch. The counterpart of
 // copy.cuh for plain frames, with the same results.
 //
-//   frame     +--------------------+     window    rows of tiles, or 256 tiles of a wide row: what
-//   a
-//             | window 0           |               block decodes at a time; its blocks take turns
-//             +--------------------+
-//             | window 1           |     table     the id of each tile of the window, in each frame
-//             +--------------------+               of the stack, in shared memory
+//   frame   +----------+     window    rows of tiles, or 256 tiles of a wide row: what a block
+//           | window 0 |               decodes at a time; the blocks of a sample take turns
+//           +----------+
+//           | window 1 |     table     the id of each tile of the window in each frame of the
+//           +----------+               stack, in shared memory
 //
 // 1. All threads read the changes of the chunk up to the last frame of the stack, in any order, and
 //    keep the number of the latest change of each tile in each frame: atomicMax.
 // 2. A tile without a change in a frame has the one of the frame before, or of the keyframe.
 // 3. All threads copy pixels: neighbouring threads write neighbouring memory.
 //
-// Cost: the chunk is read up to the stack, once for each window; then a byte of a tile for each
-// pixel, which is nearly always in a cache, because neighbours read the same 32 bytes.
+// Cost: the chunk is read up to the stack, once for each window; then one byte of a tile for each
+// pixel of each frame. Neighbours read bytes of the same tile.
 #pragma once
 
 #include <cuda_runtime.h>
