@@ -64,6 +64,7 @@ def extensions(nvcc):
     ]
     if nvcc:
         sources = [*glob("csrc/cuda/*.cu"), "csrc/python/cuda_bindings.cpp", *python]
+        sources += [*glob("csrc/cpu/tile_*.cpp"), "csrc/cpu/huge_pages.cpp"]
         built.append(
             Extension(
                 "fastreplay._cuda", sources=sorted(sources), depends=sorted(headers), **common

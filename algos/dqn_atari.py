@@ -1090,11 +1090,11 @@ def check_replay_args(args: RunArgs, must) -> None:
         must(name, f"at most {stored}, what --buffer-size holds", getattr(args, name) <= stored)
     if args.replay_storage == "auto":
         args.replay_storage = "tiles" if args.buffer == "cpp" else "plain"
-    rule = f"plain or auto with --buffer {args.buffer}"
-    must("replay_storage", rule, args.buffer == "cpp" or args.replay_storage == "plain")
+    tiles = args.replay_storage == "tiles"
+    must("replay_storage", "plain or auto with --buffer numpy", not tiles or args.buffer != "numpy")
     free = free_memory()
-    if args.buffer == "cuda":  # on the GPU, or else in the machine's memory
-        free = max(free, int(0.9 * torch.cuda.mem_get_info()[0]))
+    if args.buffer == "cuda":  # on the GPU, or else in the machine's memory; tiles are in both
+        free = (min if tiles else max)(free, int(0.9 * torch.cuda.mem_get_info()[0]))
     fits = free // BYTES_PER_ROW[args.replay_storage] // 1_000 * 1_000
     must("buffer_size", f"at most {fits} to fit into memory", args.buffer_size <= fits)
     must("buffer_size", f"at most {2**27}", args.buffer_size <= 2**27)

@@ -74,9 +74,18 @@ def captured(call):
     return graph.replay
 
 
-def rows(random):
-    """Yields arguments of add() without end. Frames are generated in advance, not while timed."""
+def rows(random, moving=False):
+    """Yields arguments of add() without end. Frames are generated in advance, not while timed.
+
+    They are noise or, if `moving`, a still picture for each game with two squares that move: noise
+    is not what tiles are for.
+    """
     frames = random.integers(0, 256, (64, NUM_ENVS, 84, 84), dtype=np.uint8)
+    if moving:
+        frames[1:] = frames[0]
+        for t, (y, x) in enumerate(random.integers(0, 76, (64, 2))):
+            frames[t, :, y : y + 8, x : x + 8] = 255
+            frames[t, :, t : t + 4, t : t + 4] = 0
     actions = random.integers(0, 18, NUM_ENVS)
     rewards = random.normal(size=NUM_ENVS).astype(np.float32)
     nothing = np.zeros(NUM_ENVS, bool)
@@ -92,7 +101,7 @@ def filled_replay(args, capacity=None, prioritized=True, **options):
 
     options |= {"prioritized": prioritized, "device": "cuda"}
     replay = FrameReplay(capacity or args.capacity, (84, 84), NUM_ENVS, **options)
-    source = rows(np.random.default_rng(0))
+    source = rows(np.random.default_rng(0), moving=options.get("storage") == "tiles")
     for _ in range(replay.rows):
         replay.add(*next(source))
     return replay, source
@@ -101,15 +110,16 @@ def filled_replay(args, capacity=None, prioritized=True, **options):
 # A side's `measure_` function returns {what: blocks_of(...), or a number, or a reason in words}.
 
 
-def measure_fastreplay(args):
+def measure_fastreplay(args, storage="device"):
     """3-step prioritized replay: memory, add, sample, and cycles of sample and update."""
-    small, _ = filled_replay(args, capacity=800, n_step=3)  # loads the modules of both
+    options = {"n_step": 3, "storage": storage}
+    small, _ = filled_replay(args, capacity=800, **options)  # loads the modules of both
     small.sample(32)
     del small
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info()[0]
-    replay, source = filled_replay(args, n_step=3, storage="device")
+    replay, source = filled_replay(args, **options)
     result = {"bytes": (before - torch.cuda.mem_get_info()[0]) / args.capacity}
     result["add, 8 games"] = blocks_of(lambda: replay.add(*next(source)), args)
     errors = torch.rand(4096, device="cuda")
@@ -129,6 +139,11 @@ def measure_fastreplay(args):
     return result
 
 
+def measure_tiles(args):
+    """The same with frames in tiles. Its frames are not noise, see rows()."""
+    return measure_fastreplay(args, storage="tiles")
+
+
 def measure_gather(args):
     """Uniform samples of stack + 1 = 5 frames each, compared with a copy of as many bytes.
 
@@ -136,7 +151,7 @@ def measure_gather(args):
     cannot reach that bound.
     """
     result = {}
-    for storage in ("device", "host"):
+    for storage in ("device", "host", "tiles"):
         replay, _ = filled_replay(args, prioritized=False, storage=storage)
         for n in SIZES:
             size = gathered_bytes(n)
@@ -290,6 +305,7 @@ def measure_trees(args):
 
 SIDES = {
     "fastreplay": measure_fastreplay,
+    "fastreplay, tiles": measure_tiles,
     "graph of two empty kernels": measure_empty_graph,
     "gather": measure_gather,
     "trees": measure_trees,
@@ -297,7 +313,13 @@ SIDES = {
     "TorchRL, on the GPU": measure_torchrl,
     "Flashbax, on the GPU": measure_flashbax,
 }
-OWN = ("fastreplay", "graph of two empty kernels", "gather", "trees")  # an error if they fail
+OWN = (
+    "fastreplay",
+    "fastreplay, tiles",
+    "graph of two empty kernels",
+    "gather",
+    "trees",
+)  # an error if they fail
 
 
 def median_us(blocks):
@@ -336,7 +358,7 @@ def ratios(results):
     yield f"- Prioritized cycle of 32: {times:.1f} times as fast as TorchRL's."
     times = captured_cycle / of("graph of two empty kernels", "captured cycle 32")
     yield f"- Captured, it takes {times:.2f} times a graph of two empty kernels."
-    for storage in ("device", "host"):
+    for storage in ("device", "host", "tiles"):
         names = [f"{storage} {copy} 4096" for copy in ("copy", "captured copy")]
         seconds, copy = of(gather, f"{storage} gather 4096"), min(of(gather, x) for x in names)
         rate = gathered_bytes(4096) / seconds / 1e3  # bytes a microsecond / 1000: GB/s
@@ -344,8 +366,12 @@ def ratios(results):
             f"- Gather of 4096 from {storage} storage: {copy / seconds:.0%} of a plain copy's rate "
             f"({rate:.0f} GB/s out)."
         )
-    size = results.get(own, {}).get("bytes", float("nan"))
-    yield f"- Bytes of GPU memory per transition: {size:.1f}."
+    for side in (own, f"{own}, tiles"):
+        size = results.get(side, {}).get("bytes", float("nan"))
+        yield f"- Bytes of GPU memory per transition, {side}: {size:.1f}."
+    for what in ("add, 8 games", "captured sample 32", "captured sample 4096"):
+        times = of(f"{own}, tiles", what) / of(own, what)
+        yield f"- Tiles, {what}: {times:.2f} times as long as plain frames."
     for power, kind, n in itertools.product((20, 24), ("sample", "set"), SIZES):
         mine = of(trees, f"fastreplay 2^{power} {kind} {n}")
         peers = (("TorchRL", "TorchRL's"), ("cumsum + searchsorted", "cumsum + searchsorted"))
@@ -366,6 +392,11 @@ SAMPLES = {
         "output_dtype": torch.bfloat16,
         "memory_format": torch.channels_last,
     },
+}
+# The same for tiles, beside the plain frames of the same name.
+SAMPLES |= {
+    f"tiles, {name}": SAMPLES[name] | {"storage": "tiles"}
+    for name in ("uint8, uniform", "uint8, 3-step", "bfloat16, channels last")
 }
 
 

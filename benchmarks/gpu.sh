@@ -13,7 +13,7 @@
 #     synccheck        barriers
 #     train        a short training of ddqn_atari.py with the replay on the GPU
 #     buffers      fastreplay compared with other replay buffers on the GPU
-#     throughput   agent steps per second of ddqn_atari.py with either replay
+#     throughput   agent steps per second of ddqn_atari.py with each replay
 #     runs         the tests that train on the GPU, save a checkpoint and resume
 #
 #   benchmarks/gpu.sh benchmarks/records/2026-01-01_gpu build kernels     only these steps
@@ -32,9 +32,9 @@ total=${SECONDS_IN_ALL:-570}
 
 steps=(build tests kernels memcheck racecheck initcheck synccheck train buffers throughput runs)
 declare -A reserved=([build]=60 [tests]=60 [kernels]=40 [memcheck]=35 [racecheck]=35 [initcheck]=30
-  [synccheck]=30 [train]=40 [buffers]=90 [throughput]=50 [runs]=40) # seconds, 510 in all
+  [synccheck]=30 [train]=40 [buffers]=100 [throughput]=70 [runs]=40) # seconds, 540 in all
 declare -A most=([build]=150 [tests]=120 [kernels]=90 [memcheck]=70 [racecheck]=70 [initcheck]=60
-  [synccheck]=60 [train]=90 [buffers]=170 [throughput]=90 [runs]=90)
+  [synccheck]=60 [train]=90 [buffers]=190 [throughput]=120 [runs]=90)
 
 (($# > 0)) || { echo "usage: benchmarks/gpu.sh RECORD_FOLDER [STEP...]" >&2 && exit 2; }
 record=$1
@@ -136,7 +136,7 @@ fi
 
 pytest=("$python" -m pytest -v --no-header --tb=short -rfE -p no:cacheprovider -m gpu)
 step tests "${pytest[@]}" tests/test_cuda.py tests/test_kernels.py tests/test_sum_tree.py \
-  tests/test_frame_replay.py
+  tests/test_frame_replay.py tests/test_tiles.py
 step kernels "$python" benchmarks/buffers_cuda.py --kernels tuned reference \
   --record "$record/kernels"
 
@@ -160,6 +160,7 @@ step buffers "$python" benchmarks/buffers.py --device cuda --capacity 1000000 --
   --record "$record/buffers"
 step throughput "$python" benchmarks/throughput.py --task atari --alone --seconds 4 --repeats 3 \
   --variants "script=ddqn_atari device=cuda buffer=cuda" \
+  "script=ddqn_atari device=cuda buffer=cuda replay_storage=tiles" \
   "script=ddqn_atari device=cuda buffer=numpy" --record "$record/throughput"
 step runs "${pytest[@]}" tests/test_learning.py
 

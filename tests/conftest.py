@@ -28,6 +28,7 @@ def load(name: str):
 
 # The CUDA kernels run on a GPU, or compiled for the CPU (tests/cuda_emulation).
 CUDA = ["cuda-emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+CUDA_TILES = ["cuda-emulated-tiles", pytest.param("cuda-tiles", marks=pytest.mark.gpu)]
 
 
 LEFT_OUT = pytest.StashKey[dict]()
@@ -101,7 +102,7 @@ def emulation(monkeypatch):
 
 def on_cuda(request, backend, cls):
     """`cls` on the device of a CUDA parameter, with its results on the CPU."""
-    if backend == "cuda-emulated":
+    if backend.startswith("cuda-emulated"):
         request.getfixturevalue("emulation")
     return lambda *args, **options: emulated.OnHost(cls(*args, **options, device="cuda"))
 

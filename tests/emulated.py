@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 SOURCES += [CSRC / "python" / "cuda_bindings.cpp", CSRC / "python" / "tensor_view.cpp"]
+SOURCES += [*sorted(CSRC.glob("cpu/tile_*.cpp")), CSRC / "cpu" / "huge_pages.cpp"]
 
 
 def build(folder):

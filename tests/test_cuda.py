@@ -330,6 +330,27 @@ def test_the_self_check_finds_a_gpu_that_computes_something_else(
             make()
 
 
+def test_tiles_have_a_self_check_of_their_own(device, monkeypatch):
+    """Tiles that are wrong on a GPU are refused there; plain frames are not."""
+    monkeypatch.setattr(_device, "checks_emulation", True)
+    monkeypatch.setattr(_device, "_self_checks", {})
+    assert FrameReplay(9, (2, 2), storage="tiles", device="cuda").storage == "tiles"
+    good = FrameReplay.add
+
+    def faulty(replay, *arguments):
+        good(replay, *arguments)
+        if replay.storage == "tiles":
+            draw_fault(replay, 0)
+
+    monkeypatch.setattr(FrameReplay, "add", faulty)
+    monkeypatch.setattr(_device, "_self_checks", {})
+    words = "self-check failed.*: obs of .*, with frames in tiles differ"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            FrameReplay(9, (2, 2), storage="tiles", device="cuda")
+    assert fastreplay.cuda_problem() == "" and len(FrameReplay(9, (2, 2), device="cuda")) == 0
+
+
 def test_a_self_check_that_cannot_run_is_tried_again(device, monkeypatch):
     def out_of_memory(where):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it.")
@@ -649,9 +670,10 @@ def test_runs_are_bit_identical(cuda):
 
 
 @pytest.mark.gpu
-def test_threads_that_use_one_replay():
+@pytest.mark.parametrize("storage", ["device", "tiles"])
+def test_threads_that_use_one_replay(storage):
     """One thread adds on a separate stream while another samples and waits."""
-    _, replay = pair(2000, (84, 84), steps=20, prioritized=True)
+    _, replay = pair(2000, (84, 84), steps=20, prioritized=True, storage=storage)
     rng, stream, stop = np.random.default_rng(0), torch.cuda.Stream(), threading.Event()
     rows = [(frames_of(rng), *Games(2, rng).step()[1:]) for _ in range(50)]
 

@@ -13,6 +13,8 @@ import torch
 from conftest import ALGOS, CUDA
 from emulated import RealCuda
 from test_frame_replay import Games, adversarial
+from test_tiles import SOURCES
+from test_tiles import rows_of as rows_of_tiles
 
 fastreplay = pytest.importorskip("fastreplay")
 if not fastreplay.backends():
@@ -174,6 +176,20 @@ def test_replays_are_bit_identical(module, seed):
     assert (sampled > 5 and failed > 0) or size // options["num_envs"] <= 2, options
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("seed", range(8))
+def test_samples_of_tiles_are_bit_identical(module, seed, source):
+    options = configuration(seed * 5 + SOURCES.index(source)) | {"storage": "tiles"}
+    n, shape = options["num_envs"], options["frame_shape"]
+    both = Both(module, lambda: FrameReplay(device="cuda", **options))
+    for step, row in zip(range(100), rows_of_tiles(source, shape, n, seed)):
+        both.call(lambda r, row=row: r.add(*row))
+        if step % 7 == 6:
+            both.call(lambda r: r.sample(9))
+            assert both.check() is None or options["capacity"] < 10 * n
+    both.compare_states()
+
+
 def test_few_drawable_rows_are_counted(module):
     """Three drawable rows among 3000: attempts rarely find one, so rows are counted instead."""
 
@@ -288,6 +304,8 @@ def test_use_kernels_changes_the_launches(module, emulation, request):
         "tree set": (lambda: tree.set(two, two.float()), 1, 1),
     }
     replay.sample(2)
+    tiles = FrameReplay(60, (2, 2), storage="tiles", device="cuda")
+    calls["add, tiles"] = (lambda: tiles.add(*row), 2, 3)
 
     def launches(call):
         before = emulation.library.emulation_launches()

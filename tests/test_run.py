@@ -230,6 +230,36 @@ def test_tiles_and_plain_frames_give_the_same_weights(name, in_tmp, monkeypatch,
     assert "cpp replay, tiles, about 650 bytes a step, 0.0 GB" in output
 
 
+def test_tiles_with_the_replay_on_a_gpu(emulation, monkeypatch):
+    """The checks of a script and its replay, on the emulation. `auto` is plain there."""
+    script, refusals = load("dqn_atari"), []
+    monkeypatch.setattr(script, "cuda_problem", lambda args: "")
+    monkeypatch.setattr(script.fastreplay, "backends", lambda: ("cpp", "cuda"))
+    monkeypatch.setattr(script, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 10**9, 8 * 10**9))
+
+    def must(name, rule, holds):
+        if not holds:
+            refusals.append((name, rule))
+
+    cases = [("auto", "plain", 254_000), ("plain", "plain", 254_000), ("tiles", "tiles", 1_538_000)]
+    for asked, taken, fits in cases:
+        args = script.RunArgs(buffer="cuda", replay_storage=asked, buffer_size=fits)
+        script.check_replay_args(args, must)
+        assert args.replay_storage == taken and not refusals
+        script.check_replay_args(dataclasses.replace(args, buffer_size=fits + 1), must)
+        assert refusals.pop() == ("buffer_size", f"at most {fits} to fit into memory")
+
+    args = script.RunArgs(buffer="cuda", replay_storage="tiles", buffer_size=120, num_envs=2)
+    replay = script.make_replay(args, torch.device("cuda"))
+    for step in range(30):
+        frames = np.full((2, 84, 84), step, np.uint8)
+        replay.add(frames, np.zeros(2, int), np.zeros(2), np.zeros(2, bool), np.full(2, step == 0))
+    batch = replay.sample(4)
+    assert replay.storage == "tiles" and batch.obs.device.type == "cuda"
+    assert batch.obs.is_contiguous(memory_format=torch.channels_last)
+
+
 def fastreplay_backends():
     return load("dqn_atari").fastreplay.backends() if load("dqn_atari").fastreplay else ()
 

@@ -1,6 +1,7 @@
 """FrameReplay(storage="tiles") beside plain frames, bit for bit, and the bound on its memory.
 
-test_frame_replay.py runs all its tests on tiles, too. tile_store_test.cpp, which this file compiles
+test_frame_replay.py runs all its tests on tiles, too, and test_kernels.py compares the kernels for
+tiles on a GPU. tile_store_test.cpp, which this file compiles
 and runs, tests the C++ class alone, also with a hash of 3 bits.
 """
 
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CUDA
+from emulated import RealCuda
 from test_frame_replay import Games, saved_and_loaded
 
 fastreplay = pytest.importorskip("fastreplay")
@@ -311,15 +314,13 @@ def test_states_of_tiles_and_plain_frames_are_told_apart():
         plain.load_state_dict(tiles.state_dict())
 
 
-def test_frames_that_tiles_cannot_hold_are_refused(emulation):
+def test_frames_that_tiles_cannot_hold_are_refused():
     with pytest.raises(TypeError, match=r"storage='tiles' is for uint8 frames, not torch\.float32"):
         FrameReplay(40, (4,), frame_dtype=torch.float32, storage="tiles")
     with pytest.raises(ValueError, match=r"at most 262144 bytes, and those of .* have 263169"):
         FrameReplay(40, (513, 513), storage="tiles")
     with pytest.raises(ValueError, match="storage must be auto, device, host or tiles, not plain"):
         FrameReplay(40, (4,), storage="plain")
-    with pytest.raises(ValueError, match="storage='tiles' is for device='cpu'"):
-        FrameReplay(40, (4,), storage="tiles", device="cuda")
 
 
 def test_the_storage_is_shown():
@@ -366,3 +367,290 @@ def test_random_operations_on_the_store(tmp_path, bits):
     for seed in range(3):
         run = subprocess.run([program, str(seed), "120000"], env=environment, capture_output=True)
         assert run.stdout.decode() == "ok\n" and run.returncode == 0, run.stdout + run.stderr
+
+
+# ------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture(params=CUDA)
+def cuda(request):
+    """The GPU's streams and graphs, or those of the emulation."""
+    if request.param == "cuda-emulated":
+        return request.getfixturevalue("emulation")
+    return RealCuda()
+
+
+def on_both(capacity, shape, **options):
+    """The same replay with tiles on the CPU and on the GPU."""
+    devices = ("cpu", "cuda")
+    return [FrameReplay(capacity, shape, **options, storage="tiles", device=x) for x in devices]
+
+
+def same(first, second):
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
+
+
+def same_states(first, second):
+    assert first.keys() == second.keys()
+    for name, mine in first.items():
+        theirs = second[name]
+        if torch.is_tensor(mine):
+            mine, theirs = [mine], [theirs]
+        if isinstance(mine, list) and mine and torch.is_tensor(mine[0]):
+            assert same(mine, theirs), name
+        else:
+            assert mine == theirs, name
+    return True
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 5000), (160, 210)])
+def test_a_gpu_stores_and_samples_tiles_like_the_cpu(cuda, source, shape):
+    """A row of 5000 bytes has 358 tiles: two windows of the kernel (csrc/cuda/tiles.cuh)."""
+    options = OPTIONS[(len(shape) + sum(shape) + SOURCES.index(source)) % len(OPTIONS)]
+    if len(shape) != 2:
+        options = options | {"memory_format": torch.contiguous_format}
+    options = {"num_envs": 3, "seed": 4} | options
+    n = min(options["num_envs"], 5)
+    cpu, gpu = on_both(50 * n, shape, **options | {"num_envs": n})
+    for step, row in zip(range(120), rows_of(source, shape, n)):
+        cpu.add(*row)
+        gpu.add(*row)
+        if step > 5 and step % 19 == 0:
+            assert same(cpu.sample(5), gpu.sample(5))
+    rows = torch.arange(50 * n)
+    drawable = rows[cpu.drawable(rows)]
+    assert len(drawable) > 20 * n
+    some = drawable[:: max(1, len(drawable) // 20)].contiguous()
+    assert same(cpu.gather(some), gpu.gather(some))
+    same_states(cpu.state_dict(), gpu.state_dict())
+    gpu._ring.check_tiles()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 300])
+def test_any_number_of_blocks_shares_a_sample_of_tiles(cuda, batch_size):
+    for options in ({"stack": 8}, {"n_step": 2, "memory_format": torch.channels_last}):
+        cpu, gpu = on_both(200, (84, 84), num_envs=2, **options)
+        for _, row in zip(range(90), rows_of(mixed, (84, 84), 2)):
+            cpu.add(*row)
+            gpu.add(*row)
+        assert same(cpu.sample(batch_size), gpu.sample(batch_size))
+
+
+@pytest.mark.parametrize("source", [moving_dot, mixed])
+@pytest.mark.parametrize("steps", [0, 1, 31, 32, 100, 333])
+def test_states_of_tiles_move_between_devices(cuda, source, steps):
+    options = {"num_envs": 3, "prioritized": True, "seed": 2}
+    cpu, gpu = on_both(300, (20, 28), **options)
+    rows = rows_of(source, (20, 28), 3)
+    for _, row in zip(range(steps), rows):
+        cpu.add(*row)
+        gpu.add(*row)
+    others = on_both(300, (20, 28), **options)
+    for _, row in zip(range(50), rows_of(mixed, (20, 28), 3, seed=9)):
+        for other in others:
+            other.add(*row)
+    others[0].load_state_dict(saved_and_loaded(gpu.state_dict()))
+    others[1].load_state_dict(saved_and_loaded(cpu.state_dict()))
+    replays = [cpu, gpu, *others]
+    for step, row in zip(range(130), rows):
+        for replay in replays:
+            replay.add(*row)
+        if step % 10 == 5:
+            batches = [replay.sample(16) for replay in replays]
+            assert all(same(batches[0], batch) for batch in batches)
+    states = [replay.state_dict() for replay in replays]
+    assert all(same_states(states[0], state) for state in states[1:2])
+    for replay in replays:
+        replay._ring.check_tiles()
+
+
+def test_more_tiles_than_a_segment_holds(cuda):
+    """A quarter of each frame is new: about 100,000 tiles, in two segments of 65,536."""
+
+    def quarters():
+        rng = np.random.default_rng(0)
+        frames = np.zeros((1, 84, 84), np.uint8)
+        for row in rows_of(constant, (84, 84), 1):
+            frames[:, :21] = rng.integers(0, 256, (1, 21, 84))
+            yield frames, *row[1:]
+
+    cpu, gpu = on_both(3000, (84, 84))
+    for step, row in zip(range(1600), quarters()):
+        cpu.add(*row)
+        gpu.add(*row)
+        if step % 200 == 199:
+            assert same(cpu.sample(8), gpu.sample(8))
+    assert gpu._ring.tile_counts()[1] > 70_000
+    rows = torch.arange(0, 1590, 53)
+    rows = rows[cpu.drawable(rows)]
+    assert same(cpu.gather(rows), gpu.gather(rows))
+
+
+def test_frames_on_the_gpu_are_coded_on_the_cpu(cuda):
+    cpu, gpu = on_both(120, (20, 28), num_envs=2)
+    for step, row in zip(range(100), rows_of(mixed, (20, 28), 2)):
+        cpu.add(*row)
+        columns = [torch.as_tensor(column).cuda() for column in row]
+        strided = torch.stack([columns[0], columns[0] + 1], dim=1)  # of a larger observation
+        columns[0] = strided[:, 0]
+        if step % 3 == 1:
+            columns[1:3] = row[1:3]
+        if step % 3 == 2:
+            columns[0] = row[0]
+        gpu.add(*columns)
+    assert same(cpu.sample(32), gpu.sample(32))
+    same_states(cpu.state_dict(), gpu.state_dict())
+
+
+def test_samples_of_tiles_in_flight_read_what_was_there(cuda):
+    """Samples wait on slow streams while adds overwrite rows, and free and reuse their tiles."""
+    options = {"num_envs": 3, "prioritized": True}
+    cpu, gpu = on_both(120, (20, 28), **options)
+    rows = rows_of(mixed, (20, 28), 3)
+    for _, row in zip(range(60), rows):
+        cpu.add(*row)
+        gpu.add(*row)
+    streams, rng = [cuda.stream() for _ in range(3)] + [None], np.random.default_rng(0)
+    gpu.sample(1), cpu.sample(1)
+    compared = []
+    for _, row in zip(range(150), rows):
+        with cuda.on(streams[rng.integers(4)]):
+            cuda.slowly()
+            batch = gpu.sample(8)
+        with cuda.on(streams[rng.integers(4)]):
+            gpu.add(*row)
+        compared.append((cpu.sample(8), batch))
+        cpu.add(*row)
+        row[0][:] = 0  # after add() the caller may change its memory
+    gpu.check()
+    assert all(same(expected, batch) for expected, batch in compared)
+    same_states(cpu.state_dict(), gpu.state_dict())
+
+
+def test_a_graph_of_samples_sees_later_rows_and_states(cuda):
+    cpu, gpu = on_both(120, (20, 28), num_envs=2)
+    rows = rows_of(mixed, (20, 28), 2)
+    for _, row in zip(range(50), rows):
+        cpu.add(*row)
+        gpu.add(*row)
+    out = gpu._empty_batch(16)
+    launch = cuda.captured(lambda: gpu.sample(16, out=out))
+    cpu.sample(16)  # the run before the capture
+    state = cpu.state_dict()
+    for step, row in zip(range(60), rows):
+        launch()
+        assert same(cpu.sample(16), out)
+        cpu.add(*row)
+        gpu.add(*row)
+        if step == 40:
+            cpu.load_state_dict(state)
+            gpu.load_state_dict(state)
+
+
+def test_adds_of_tiles_are_not_captured(cuda):
+    cpu, gpu = on_both(120, (20, 28))
+    for _, row in zip(range(20), rows_of(mixed, (20, 28), 1)):
+        cpu.add(*row)
+        gpu.add(*row)
+    refused = []
+
+    def work():
+        for each in (row, [torch.as_tensor(column) for column in row]):
+            with pytest.raises(RuntimeError, match="tiles cannot be part of a CUDA graph"):
+                gpu.add(*each)
+            refused.append(True)
+        gpu.draw(1)
+
+    cuda.captured(work, warm=lambda: gpu.draw(1))
+    assert refused == [True, True]
+    cpu.draw(1)
+    same_states(cpu.state_dict(), gpu.state_dict())
+
+
+def test_samples_and_most_adds_of_tiles_do_not_allocate_or_wait(cuda):
+    _, gpu = on_both(120, (84, 84), num_envs=2, prioritized=True)
+    rows = rows_of(moving_dot, (84, 84), 2)
+    for _, row in zip(range(70), rows):
+        gpu.add(*row)
+    out, errors = gpu._empty_batch(32), torch.rand(32).cuda()
+
+    def everything():
+        gpu.add(*next(rows))
+        gpu.sample(32, out=out)
+        gpu.update_priorities(out.indices, errors)
+
+    everything()
+    gpu.check()
+    quiet = cuda.quietly()
+    for _ in range(3):
+        everything()
+    assert quiet()
+    gpu.check()
+
+
+def test_a_replay_of_tiles_may_be_deleted_before_its_work_is_done(cuda):
+    _, gpu = on_both(120, (20, 28), num_envs=2)
+    rows = rows_of(mixed, (20, 28), 2)
+    for _, row in zip(range(60), rows):
+        gpu.add(*row)
+    gpu.sample(1)
+    cuda.slowly()
+    for _, row in zip(range(6), rows):
+        gpu.add(*row)
+    batch = gpu.sample(32)
+    del gpu
+    assert batch.obs.cpu().any()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_memory_on_the_gpu_is_bounded(cuda, source):
+    """The bound on the CPU, and the open chunk of each game, which has its largest size."""
+    replay = FrameReplay(600, (84, 84), num_envs=2, storage="tiles", device="cuda")
+    largest = 0
+    for _, row in zip(range(900), rows_of(source, (84, 84), 2)):
+        replay.add(*row)
+        largest = max(largest, replay.nbytes)
+    assert largest == replay.nbytes  # segments are kept
+    assert largest <= 1.4 * 600 * 7056 + 2 * (64 + 33) * 7056 + 2 * 2**21
+    replay._ring.check_tiles()
+
+
+def test_an_add_without_memory_on_the_gpu_changes_nothing(emulation, monkeypatch):
+    """Each row is first added while there is no memory."""
+    cpu, gpu = on_both(3000, (84, 84), num_envs=2)
+    refused = 0
+
+    def no_room(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for _, row in zip(range(400), rows_of(noise, (84, 84), 2)):
+        cpu.add(*row)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(emulation), "on_device", no_room)
+            try:
+                gpu.add(*row)
+                continue
+            except torch.OutOfMemoryError:
+                refused += 1
+        gpu.add(*row)
+    assert refused > 2
+    assert same(cpu.sample(8), gpu.sample(8))
+    same_states(cpu.state_dict(), gpu.state_dict())
+
+
+def test_a_damaged_state_changes_nothing_on_the_gpu(cuda):
+    cpu, gpu = on_both(120, (20, 28), num_envs=2)
+    for _, row in zip(range(70), rows_of(mixed, (20, 28), 2)):
+        cpu.add(*row)
+        gpu.add(*row)
+    other = filled_with(moving_dot, 50, capacity=120, shape=(20, 28))
+    with pytest.raises(ValueError, match="a tile that is missing"):
+        gpu.load_state_dict(state_of(other, tiles=torch.zeros(1, 28, dtype=torch.uint8)))
+    assert same(cpu.sample(16), gpu.sample(16))
+    same_states(cpu.state_dict(), gpu.state_dict())
+
+
+def test_the_storage_on_a_gpu_is_shown(cuda):
+    _, gpu = on_both(40, (84, 84))
+    assert gpu.storage == "tiles" and "frames in tiles" in repr(gpu)

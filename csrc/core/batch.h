@@ -23,7 +23,7 @@ struct RingLayout {
 
 // Owned by the caller. Zeroed, except for the frames, which may be uninitialised.
 struct RingMemory {
-  uint8_t* frames;  // (num_envs, rows, frame_bytes); null: the ring keeps them in tiles (CPU only)
+  uint8_t* frames;  // (num_envs, rows, frame_bytes); null: the ring keeps them in tiles
   int32_t* actions;
   float* rewards;
   uint8_t* flags;

@@ -19,6 +19,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/philox.h"
+
 namespace fastreplay {
 
 constexpr int kChunkFrames = 32;
@@ -49,7 +51,7 @@ struct TileShape {
   }
 };
 
-// The byte layout of a chunk of coded frames.
+// The byte layout of a chunk of coded frames. CPU and CUDA read it.
 struct ChunkLayout {
   int64_t positions;
   int count_bytes;   // of changed[f], and of a position
@@ -57,6 +59,7 @@ struct ChunkLayout {
   int64_t changes;   // where the changes begin
   int change_bytes;  // of one change
 
+  ChunkLayout() : ChunkLayout(0) {}
   explicit ChunkLayout(int64_t positions)
       : positions(positions),
         count_bytes(positions < 256 ? 1 : 2),
@@ -64,15 +67,15 @@ struct ChunkLayout {
         changes(keyframe + positions * kIdBytes),
         change_bytes(kIdBytes + count_bytes) {}
 
-  int64_t changed(const uint8_t* chunk, int frame) const {
+  FR_HOST_DEVICE int64_t changed(const uint8_t* chunk, int frame) const {
     return read_count(chunk + frame * count_bytes);
   }
   void set_changed(uint8_t* chunk, int frame, int64_t count) const {
     write_count(chunk + frame * count_bytes, count);
   }
-  uint32_t key_at(const uint8_t* chunk, int64_t position) const {
+  FR_HOST_DEVICE uint32_t key_at(const uint8_t* chunk, int64_t position) const {
     uint16_t low;
-    std::memcpy(&low, chunk + keyframe + 2 * position, sizeof low);
+    memcpy(&low, chunk + keyframe + 2 * position, sizeof low);
     return low | uint32_t{chunk[keyframe + 2 * positions + position]} << 16;
   }
   void set_key(uint8_t* chunk, int64_t position, uint32_t id) const {
@@ -84,13 +87,13 @@ struct ChunkLayout {
     for (int64_t i = 0; i < positions; ++i) ids[i] = key_at(chunk, i);
   }
   // The first four bytes of a change: its id and, above it, its position if that is one byte.
-  static uint32_t word_at(const uint8_t* change) {
+  FR_HOST_DEVICE static uint32_t word_at(const uint8_t* change) {
     uint32_t word;
-    std::memcpy(&word, change, sizeof word);
+    memcpy(&word, change, sizeof word);
     return word;
   }
-  static uint32_t id_at(const uint8_t* change) { return word_at(change) & kIdMask; }
-  int64_t position_at(const uint8_t* change) const {
+  FR_HOST_DEVICE static uint32_t id_at(const uint8_t* change) { return word_at(change) & kIdMask; }
+  FR_HOST_DEVICE int64_t position_at(const uint8_t* change) const {
     const uint32_t high = word_at(change) >> 24;
     return count_bytes == 1 ? high : high | int64_t{change[4]} << 8;
   }
@@ -100,7 +103,7 @@ struct ChunkLayout {
   }
 
  private:
-  int64_t read_count(const uint8_t* at) const {
+  FR_HOST_DEVICE int64_t read_count(const uint8_t* at) const {
     return count_bytes == 1 ? at[0] : at[0] | int64_t{at[1]} << 8;
   }
   void write_count(uint8_t* at, int64_t count) const {

@@ -1,11 +1,13 @@
 // A queue of byte strings in segments of fixed size: push() at the end, pop() at the front. Strings
 // never move and are not split. A segment holds at least kStrings strings, so less than an eighth
-// of it is wasted at its end. Only reserve() allocates; a segment is freed with its last string.
+// of it is wasted at its end. Only reserve() allocates. A segment is freed with its last string, or
+// kept for later strings.
+//
+// `Memory` is a pointer that owns bytes: of the CPU (cpu/huge_pages.h) or of a CUDA device.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -13,10 +15,12 @@
 
 namespace fastreplay {
 
+template <typename Memory>
 class ChunkLog {
  public:
-  explicit ChunkLog(int64_t longest_string)
-      : segment_bytes_(std::max(kLeastSegment, kStrings * longest_string)) {
+  explicit ChunkLog(int64_t longest_string, bool keeps_segments = false)
+      : segment_bytes_(std::max(kLeastSegment, kStrings * longest_string)),
+        keeps_segments_(keeps_segments) {
     if (segment_bytes_ > kHugePage / 2) {
       segment_bytes_ = (segment_bytes_ + kHugePage - 1) / kHugePage * kHugePage;
     }
@@ -28,17 +32,21 @@ class ChunkLog {
   ChunkLog(const ChunkLog&) = delete;
   ChunkLog& operator=(const ChunkLog&) = delete;
 
-  // Makes room for this many strings.
-  void reserve(int64_t strings) {
-    for (; spares_ * kStrings < strings; ++spares_) {
+  // Makes room for this many strings, in segments from allocate(bytes). Returns whether it needed
+  // any.
+  template <typename Allocate>
+  bool reserve(int64_t strings, const Allocate& allocate) {
+    const bool grows = spares_ * kStrings < strings;
+    while (spares_ * kStrings < strings) {
       auto segment = std::make_unique<Segment>();
       segment->bytes = allocate(segment_bytes_);
-      segment->next = std::move(spare_);
-      spare_ = std::move(segment);
+      add_spare(std::move(segment));
     }
+    return grows;
   }
 
-  const uint8_t* push(const uint8_t* data, int64_t bytes) {
+  // Where the next string, of this many bytes, is to be written.
+  uint8_t* push(int64_t bytes) {
     if (back_ == nullptr || back_->used + bytes > segment_bytes_) {
       std::unique_ptr<Segment> segment = std::move(spare_);
       spare_ = std::move(segment->next);
@@ -49,7 +57,6 @@ class ChunkLog {
       ++segments_;
     }
     uint8_t* const to = back_->bytes.get() + back_->used;
-    std::memcpy(to, data, static_cast<size_t>(bytes));
     back_->used += bytes;
     ++back_->strings;
     return to;
@@ -62,11 +69,16 @@ class ChunkLog {
       return;
     }
     std::unique_ptr<Segment> next = std::move(front_->next);
+    if (keeps_segments_) {
+      front_->used = 0;
+      add_spare(std::move(front_));
+    }
     front_ = std::move(next);
     --segments_;
   }
 
-  int64_t bytes() const { return segments_ * segment_bytes_; }
+  // Of the segments in use, and of those that are kept.
+  int64_t bytes() const { return (segments_ + keeps_segments_ * spares_) * segment_bytes_; }
 
  private:
   static constexpr int64_t kStrings = 8, kLeastSegment = 1 << 16;
@@ -80,7 +92,14 @@ class ChunkLog {
     while (first != nullptr) first = std::unique_ptr<Segment>(std::move(first->next));
   }
 
+  void add_spare(std::unique_ptr<Segment> segment) {
+    segment->next = std::move(spare_);
+    spare_ = std::move(segment);
+    ++spares_;
+  }
+
   int64_t segment_bytes_;
+  bool keeps_segments_;
   std::unique_ptr<Segment> front_, spare_;
   Segment* back_ = nullptr;
   int64_t segments_ = 0, spares_ = 0;

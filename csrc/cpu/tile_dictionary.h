@@ -31,6 +31,9 @@ class TileDictionary {
     uint32_t references;
   };
   static constexpr int64_t kBytes = 40;  // of a tile, with everything that belongs to it
+  static constexpr int kSegmentBits = 16;
+  static constexpr int64_t kSegment = int64_t{1} << kSegmentBits;  // tiles
+  static constexpr int kSegments = 1 << (24 - kSegmentBits);
 
   // `max_tiles` is from 1 to 2^24 - 1.
   explicit TileDictionary(int64_t max_tiles);
@@ -70,9 +73,6 @@ class TileDictionary {
   bool is_valid() const;
 
  private:
-  static constexpr int kSegmentBits = 16;
-  static constexpr int64_t kSegment = int64_t{1} << kSegmentBits;
-  static constexpr int kSegments = 1 << (24 - kSegmentBits);
   static constexpr int kFirstLevel = 10;
 
   // Element i of segments of T.

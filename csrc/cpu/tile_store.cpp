@@ -113,14 +113,12 @@ TileStore::TileStore(int64_t rows, int64_t num_envs, const TileShape& shape, int
   for (int64_t y = 0; y < shape_.down; ++y) {
     for (int64_t x = 0; x < shape_.across; ++x) offsets_.push_back(shape_.offset(y, x));
   }
-  // A chunk becomes raw as soon as it is larger than raw_bytes(): it exceeds them by one frame.
-  const int64_t most = raw_bytes() + layout_.changes + layout_.positions * layout_.change_bytes;
   changed_.resize(static_cast<size_t>(layout_.positions));
   for (int64_t index = 0; index < num_envs; ++index) {
     Game& game = games_[static_cast<size_t>(index)];
     game.shift = index * kChunkFrames / num_envs;
     game.chunks.resize(static_cast<size_t>(n_chunks_));
-    game.buffer.reset(new uint8_t[static_cast<size_t>(most)]);
+    game.buffer.reset(new uint8_t[static_cast<size_t>(longest_open())]);
     game.ids.resize(static_cast<size_t>(layout_.positions));
     game.last.resize(static_cast<size_t>(frame_bytes()));
   }
@@ -138,17 +136,27 @@ int64_t TileStore::bytes() const {
 // ------------------------------------------------------------------------------------------ add
 
 void TileStore::add(const uint8_t* frames, int64_t stride) {
-  int64_t closing = 0;
-  for (int64_t game = 0; game < num_envs_; ++game) {
-    closing += place(game, added_) % kChunkFrames == kChunkFrames - 1;
-  }
-  log_.reserve(closing);
+  log_.reserve(closing(), allocate);
   dictionary_.reserve(num_envs_ * layout_.positions);
   // From here on nothing allocates.
   for (int64_t game = 0; game < num_envs_; ++game) add_frame(game, frames + game * stride);
   ++added_;
   head_ = head_ + 1 == rows_ ? 0 : head_ + 1;
   drop_overwritten();
+}
+
+int64_t TileStore::closing() const {
+  int64_t closing = 0;
+  for (int64_t game = 0; game < num_envs_; ++game) {
+    closing += place(game, added_) % kChunkFrames == kChunkFrames - 1;
+  }
+  return closing;
+}
+
+const uint8_t* TileStore::store_closed(const Chunk& closed) {
+  uint8_t* const to = log_.push(closed.bytes);
+  std::memcpy(to, closed.data, static_cast<size_t>(closed.bytes));
+  return to;
 }
 
 void TileStore::add_frame(int64_t index, const uint8_t* frame) {
@@ -167,7 +175,7 @@ void TileStore::add_frame(int64_t index, const uint8_t* frame) {
   }
   game.largest = std::max(game.largest, open.bytes);
   if (frame_index == kChunkFrames - 1) {
-    open.data = log_.push(open.data, open.bytes);
+    open.data = store_closed(open);
     game.was_raw = open.raw;
   }
 }
@@ -248,7 +256,7 @@ bool TileStore::code(Game& game, Chunk& open, int frame_index, const uint8_t* fr
     bool is_new = false;
     const uint32_t id = dictionary_.acquire(changed.pixels, changed.hash, is_new);
     if (id == 0) return false;
-    game.new_tiles += is_new;
+    count_new(game, id, is_new);
     game.ids[static_cast<size_t>(changed.position)] = id;
     if (keyframe) {
       layout_.set_key(chunk, changed.position, id);
@@ -264,7 +272,7 @@ bool TileStore::code(Game& game, Chunk& open, int frame_index, const uint8_t* fr
       bool is_new = false;
       const uint32_t id = dictionary_.retain(game.ids[static_cast<size_t>(position)], is_new);
       if (id == 0) return false;
-      game.new_tiles += is_new;
+      count_new(game, id, is_new);
       game.ids[static_cast<size_t>(position)] = id;
       layout_.set_key(chunk, position, id);
     }
@@ -464,11 +472,11 @@ void TileStore::restore(int64_t added, const uint8_t* tiles, int64_t n_tiles,
   std::sort(closed.begin(), closed.end(), [](const Closed& a, const Closed& b) {
     return a.last_row != b.last_row ? a.last_row < b.last_row : a.game < b.game;
   });
-  log_.reserve(static_cast<int64_t>(closed.size()));
+  log_.reserve(static_cast<int64_t>(closed.size()), allocate);
   dictionary_.restore(tiles, n_tiles);
   for (const Closed& each : closed) {
     Chunk& moved = chunk(games_[static_cast<size_t>(each.game)], each.number);
-    moved.data = log_.push(moved.data, moved.bytes);
+    moved.data = store_closed(moved);
   }
   for (int64_t index = 0; index < num_envs_ && added > 0; ++index) {
     Game& game = games_[static_cast<size_t>(index)];

@@ -48,6 +48,7 @@ class TileStore {
   // Rows added to each game so far; row t lies in slot t % rows.
   int64_t added() const { return added_; }
   const TileDictionary& dictionary() const { return dictionary_; }
+  const ChunkLayout& layout() const { return layout_; }
   // Bytes in use.
   int64_t bytes() const;
 
@@ -78,13 +79,35 @@ class TileStore {
   // Whether each tile's count is the number of its ids in all chunks. Slow.
   bool is_valid() const;
 
- private:
+  // For a copy of the store on a device (cuda/tile_mirror.h).
   struct Chunk {
     const uint8_t* data = nullptr;
     int64_t bytes = 0;
     int first = 0;  // the first frame of 32 that is stored: 0 but for the first chunk of a game
     bool raw = false;
   };
+  int64_t n_chunks() const { return n_chunks_; }  // of each game's ring, by number % n_chunks
+  const Chunk& chunk(int64_t game, int64_t number) const {
+    return chunk(games_[static_cast<size_t>(game)], number);
+  }
+  // The number of the oldest chunk of a game.
+  int64_t oldest_chunk(int64_t game) const { return games_[static_cast<size_t>(game)].oldest; }
+  // The place of a row in the chunks of a game: 32 * chunk + frame.
+  int64_t place(int64_t game, int64_t row) const {
+    return row + games_[static_cast<size_t>(game)].shift;
+  }
+  // Chunks that the next add() will close.
+  int64_t closing() const;
+  // Bytes of an open chunk, at most. It becomes raw as soon as it is larger than its frames, which
+  // it exceeds by one frame.
+  int64_t longest_open() const {
+    return raw_bytes() + layout_.changes + layout_.positions * layout_.change_bytes;
+  }
+  // Appends the ids of new tiles to `ids`, which outlives the store and has room for an id of each
+  // position of each game. A tile may be new again, or freed, in the same add().
+  void report_new_tiles(std::vector<uint32_t>* ids) { new_ids_ = ids; }
+
+ private:
   struct Game {
     std::vector<Chunk> chunks;          // a ring, by chunk number
     std::unique_ptr<uint8_t[]> buffer;  // the open chunk
@@ -104,10 +127,6 @@ class TileStore {
     uint64_t hash;
   };
 
-  // The place of a row in the chunks of a game: 32 * chunk + frame.
-  int64_t place(int64_t game, int64_t row) const {
-    return row + games_[static_cast<size_t>(game)].shift;
-  }
   Chunk& chunk(Game& game, int64_t number) {
     return game.chunks[static_cast<size_t>(number % n_chunks_)];
   }
@@ -121,6 +140,11 @@ class TileStore {
   int64_t raw_bytes() const { return kChunkFrames * frame_bytes(); }
 
   void add_frame(int64_t index, const uint8_t* frame);
+  const uint8_t* store_closed(const Chunk& closed);
+  void count_new(Game& game, uint32_t id, bool is_new) {
+    game.new_tiles += is_new;
+    if (is_new && new_ids_ != nullptr) new_ids_->push_back(id);
+  }
   bool code(Game& game, Chunk& chunk, int frame_index, const uint8_t* frame);
   int64_t most_bytes(const Game& game, int frame_index) const;
   void begin(Game& game, Chunk& chunk, int frame_index);
@@ -142,10 +166,11 @@ class TileStore {
   const int64_t n_chunks_;        // of each game's ring
   std::vector<int64_t> offsets_;  // in the frame, of each position
   TileDictionary dictionary_;
-  ChunkLog log_;
+  ChunkLog<Memory> log_;
   std::vector<Game> games_;
   std::unique_ptr<uint8_t[]> scratch_;  // raw_bytes()
   std::vector<Changed> changed_;        // one for each position
+  std::vector<uint32_t>* new_ids_ = nullptr;
   int64_t added_ = 0, head_ = 0;
 };
 

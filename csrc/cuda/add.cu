@@ -1,6 +1,6 @@
 // Stores one row for each game, in one launch of one block per game.
 //
-//   all threads     copy the frame to the slot at the write head
+//   all threads     copy the frame to the slot at the write head, if frames are plain
 //   warp 0          writes action, reward and flags of the row, then refreshes the rows whose
 //                   window or stack may have changed (below)
 //   last block      moves the write head (grid.cuh)
@@ -77,7 +77,9 @@ __global__ void add_kernel(const __grid_constant__ DeviceRing ring,
   const int64_t new_head = slot + 1 == rows ? 0 : slot + 1, new_stored = full ? rows : stored + 1;
   const uint8_t* const from = row.frames + game * row.frame_stride;
   uint8_t* const to = ring.memory.frames + index * bytes;
-  if (is_aligned(row.frames, row.frame_stride, 16) && bytes % 16 == 0) {
+  if (ring.memory.frames == nullptr) {
+    // Patches have stored the frame.
+  } else if (is_aligned(row.frames, row.frame_stride, 16) && bytes % 16 == 0) {
     for (int64_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) {
       reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
     }
@@ -116,7 +118,8 @@ __global__ void add_kernel(const __grid_constant__ DeviceRing ring,
 void launch_add(const DeviceRing& ring, const DeviceTree& tree, const Row& row,
                 cudaStream_t stream) {
   if (uses_reference()) return reference::launch_add(ring, tree, row, stream);
-  const int threads = threads_for(ring.layout.frame_bytes / 16, kThreads);
+  const int64_t copies = ring.memory.frames == nullptr ? 0 : ring.layout.frame_bytes / 16;
+  const int threads = threads_for(copies, kThreads);
   launch(add_kernel, blocks_for(ring.layout.num_envs, 1), threads, stream, ring, tree, row);
 }
 

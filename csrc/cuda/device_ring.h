@@ -1,7 +1,8 @@
 // The rings of cpu/frame_ring.h on a CUDA device: the same memory, rules and batches.
 //
 //   frames                                        on the device, or in pinned host memory, which
-//                                                 the same kernels access over the bus
+//                                                 the same kernels access over the bus, or on the
+//                                                 device in tiles (device_tiles.h)
 //   actions, rewards, flags (9 bytes a row),
 //   leaves, counters                              always on the device
 //
@@ -19,6 +20,7 @@
 #include <cstdint>
 
 #include "core/batch.h"
+#include "cuda/device_tiles.h"
 #include "cuda/device_tree.h"
 
 namespace fastreplay {
@@ -29,6 +31,7 @@ struct DeviceRing {
   RingMemory memory;
   const float* powers;  // gamma^0 .. gamma^n_step
   Counters* counters;
+  DeviceTiles tiles;  // if memory.frames is null
 };
 
 // A column of numbers on the device, one for each game.
@@ -41,9 +44,9 @@ struct Column {
 
 // One row for each game, on the device. The flags are bytes, 0 or 1.
 struct Row {
-  const uint8_t* frames;
-  int64_t frame_stride;  // bytes from one game's frame to the next
-  Column actions;        // one that does not fit int32 latches kActionTooLarge
+  const uint8_t* frames;  // not read if frames are in tiles, which patches have stored before
+  int64_t frame_stride;   // bytes from one game's frame to the next
+  Column actions;         // one that does not fit int32 latches kActionTooLarge
   Column rewards;
   const uint8_t* terminations;
   const uint8_t* episode_starts;

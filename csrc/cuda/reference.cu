@@ -3,7 +3,7 @@
 // several here.
 //
 //   add       rows      one thread per game       action, reward, flags, and the rows they change
-//             frames    one thread per byte
+//             frames    one thread per byte, if frames are plain
 //             head      one thread
 //   sample    draw      one thread per sample     the row, or -1
 //             columns   one thread per sample     action, return, discount
@@ -313,6 +313,36 @@ __device__ void write_element(uint8_t byte, const FrameOutput& format, uint8_t* 
   }
 }
 
+// A byte of a stored row of a game whose frames are in tiles.
+__device__ uint8_t byte_of_tiles(const DeviceRing& ring, int64_t game, int64_t slot,
+                                 int64_t pixel) {
+  const DeviceTiles& tiles = ring.tiles;
+  const ChunkLayout& layout = tiles.layout;
+  int64_t row = *tiles.added - ring.counters->head + slot;
+  if (slot >= ring.counters->head) row -= ring.layout.rows;
+  const int64_t place = row + game * kChunkFrames / ring.layout.num_envs;
+  const int64_t frame = place % kChunkFrames;
+  const DeviceChunk& chunk =
+      tiles.chunks[game * tiles.n_chunks + place / kChunkFrames % tiles.n_chunks];
+  if (chunk.raw) return chunk.data[(frame - chunk.first) * ring.layout.frame_bytes + pixel];
+
+  const int64_t y = pixel / tiles.width, x = pixel % tiles.width;
+  const int64_t tile_y = y / tiles.tile_rows, tile_x = x / tiles.columns;
+  const int64_t position = tile_y * tiles.across + tile_x;
+  uint32_t id = layout.key_at(chunk.data, position);
+  const uint8_t* change = chunk.data + layout.changes;
+  for (int f = 0; f <= frame; ++f) {
+    for (int64_t i = layout.changed(chunk.data, f); i > 0; --i, change += layout.change_bytes) {
+      if (layout.position_at(change) == position) id = ChunkLayout::id_at(change);
+    }
+  }
+  // The last tiles of a row or a column overlap their neighbours.
+  int64_t top = tile_y * tiles.tile_rows, left = tile_x * tiles.columns;
+  if (top > tiles.height - tiles.tile_rows) top = tiles.height - tiles.tile_rows;
+  if (left > tiles.width - tiles.columns) left = tiles.width - tiles.columns;
+  return tiles.segments[id >> 16][(id & 0xFFFF) * kTileSlot + (y - top) * tiles.columns + x - left];
+}
+
 // One thread per element of obs and of next_obs. Where the two share frames, two threads write the
 // same value.
 __global__ void frames_kernel(DeviceRing ring, SampleJob job) {
@@ -335,7 +365,9 @@ __global__ void frames_kernel(DeviceRing ring, SampleJob job) {
     const int64_t back = stack - 1 - frame;  // steps before the newest frame
     if (back <= stack_depth(now, slot, ring.layout.stack)) {
       for (int64_t step = 0; step < back; ++step) slot = now.before(slot);
-      byte = ring.memory.frames[(game + slot) * bytes + pixel];
+      byte = ring.memory.frames == nullptr
+                 ? byte_of_tiles(ring, game / ring.layout.rows, slot, pixel)
+                 : ring.memory.frames[(game + slot) * bytes + pixel];
     }
   }
   if (is_next) {
@@ -379,7 +411,9 @@ void launch_over(int64_t n, void (*kernel)(Parameters...), cudaStream_t stream,
 void launch_add(const DeviceRing& ring, const DeviceTree& tree, const Row& row,
                 cudaStream_t stream) {
   const RingLayout& layout = ring.layout;
-  launch_over(layout.num_envs * layout.frame_bytes, add_frames_kernel, stream, ring, row);
+  if (ring.memory.frames != nullptr) {
+    launch_over(layout.num_envs * layout.frame_bytes, add_frames_kernel, stream, ring, row);
+  }
   launch_over(layout.num_envs, add_rows_kernel, stream, ring, tree, row);
   launch(move_head_kernel, 1, 1, stream, ring);
 }

@@ -3,6 +3,7 @@
 //   grid     one column of blocks per sample (blockIdx.x), of 1 to kMaxBlocksPerSample blocks
 //   block    warp 0     makes the plan (plan.cuh), then writes action, reward and discount
 //            others     copy the planned frames (copy.cuh): half of them obs, the others next_obs
+//            all        if frames are in tiles, copy obs, then next_obs (tiles.cuh)
 //   last block          turns leaves into importance weights (weights.cuh) and counts the call
 //
 // Blocks arrive (grid.cuh) as soon as they have a plan, not when their frames are copied: weights
@@ -19,6 +20,7 @@
 #include "cuda/grid.cuh"
 #include "cuda/plan.cuh"
 #include "cuda/reference.h"
+#include "cuda/tiles.cuh"
 #include "cuda/weights.cuh"
 
 namespace fastreplay {
@@ -71,11 +73,32 @@ __device__ void write_columns(const DeviceRing& ring, const SampleJob& job, bool
   if (!prioritized) job.is_weights[sample] = plan.index < 0 ? 0.0f : 1.0f;
 }
 
+// Copies the frames of a sample from tiles. Called by all threads of a block.
 template <Output kOutput>
+__device__ void copy_sample_of_tiles(const DeviceRing& ring, const SampleJob& job, bool shared,
+                                     int64_t sample, const Plan& plan, int window_rows) {
+  FR_SHARED(TileTable, table);
+  CopyTask task{};
+  task.frame_bytes = ring.layout.frame_bytes;
+  task.rows = ring.layout.rows;
+  task.scale = job.format.scale;
+  task.count = ring.layout.stack + shared;
+  for (int i = 0; i < (shared ? 1 : 2); ++i) {
+    uint8_t* const batch = i == 1 ? job.batch.next_obs : job.batch.obs;
+    const int64_t stride = i == 1 ? job.batch.next_obs_stride : job.batch.obs_stride;
+    task.is_aligned = is_aligned(batch, stride, 16);
+    task.out = batch + sample * stride;
+    task.run = plan.runs[i];
+    copy_tiles<kOutput>(ring, task, job.format.channels_last, plan.game, window_rows, table);
+  }
+}
+
+// `window_rows`: of tiles (tiles.cuh).
+template <Output kOutput, bool kTiles>
 __global__ void sample_kernel(const __grid_constant__ DeviceRing ring,
                               const __grid_constant__ DeviceTree tree,
                               const __grid_constant__ SampleJob job,
-                              const __grid_constant__ Strata strata, bool shared) {
+                              const __grid_constant__ Strata strata, bool shared, int window_rows) {
   FR_SHARED(Plan, plan);
   FR_SHARED(bool, is_last);
   const int64_t sample = blockIdx.x;
@@ -85,7 +108,7 @@ __global__ void sample_kernel(const __grid_constant__ DeviceRing ring,
   if (threadIdx.x < kPlanThreads) {
     has_rows =
         make_plan(ring, tree, job, strata, shared, sample, static_cast<int>(threadIdx.x), plan);
-  } else {
+  } else if (!kTiles) {
     task = make_task(ring, job, shared, sample);
   }
   __syncthreads();
@@ -100,9 +123,12 @@ __global__ void sample_kernel(const __grid_constant__ DeviceRing ring,
         report(ring.counters, kNothingToDraw, 0);
       }
     }
-  } else if (threadIdx.x >= kPlanThreads && gathers) {
+  } else if (!kTiles && threadIdx.x >= kPlanThreads && gathers) {
     task.run = plan.runs[task.is_next];
     copy_stack<kOutput>(task, job.format.channels_last);
+  }
+  if (kTiles && gathers) {
+    copy_sample_of_tiles<kOutput>(ring, job, shared, sample, plan, window_rows);
   }
   __syncthreads();
   if (is_last && job.gather && prioritized) {
@@ -133,14 +159,22 @@ void launch_sample(const DeviceRing& ring, const DeviceTree& tree, const SampleJ
   const int threads = job.gather ? threads_for(kPlanThreads + copiers, kThreads) : kPlanThreads;
   const int64_t per_sample =
       kBlocksToFillDevice / n < kMaxBlocksPerSample ? kBlocksToFillDevice / n : kMaxBlocksPerSample;
-  const dim3 blocks(static_cast<unsigned>(n),
-                    blocks_for(stores, (kThreads - kPlanThreads) * kLoadsInFlight,
-                               per_sample < 1 ? 1 : per_sample));
-  void (*const kernels[])(DeviceRing, DeviceTree, SampleJob, Strata, bool) = {
-      sample_kernel<Output::kCopy>, sample_kernel<Output::kFloat16>,
-      sample_kernel<Output::kBfloat16>, sample_kernel<Output::kFloat32>};
-  launch(kernels[static_cast<int>(job.format.output)], blocks, threads, stream, ring, tree, job,
-         Strata(job.stratified, n), shares_block(ring.layout, job.format, job.batch));
+  const int64_t most = per_sample < 1 ? 1 : per_sample;
+  unsigned blocks_per_sample = blocks_for(stores, (kThreads - kPlanThreads) * kLoadsInFlight, most);
+  void (*const kernels[][2])(DeviceRing, DeviceTree, SampleJob, Strata, bool, int) = {
+      {sample_kernel<Output::kCopy, false>, sample_kernel<Output::kCopy, true>},
+      {sample_kernel<Output::kFloat16, false>, sample_kernel<Output::kFloat16, true>},
+      {sample_kernel<Output::kBfloat16, false>, sample_kernel<Output::kBfloat16, true>},
+      {sample_kernel<Output::kFloat32, false>, sample_kernel<Output::kFloat32, true>}};
+  const bool tiles = ring.memory.frames == nullptr;
+  int rows = 0;
+  if (tiles) {
+    rows = window_rows(ring.tiles, static_cast<int>(blocks_per_sample));
+    blocks_per_sample = blocks_for(count_windows(ring.tiles, rows), 1, blocks_per_sample);
+  }
+  launch(kernels[static_cast<int>(job.format.output)][tiles],
+         dim3(static_cast<unsigned>(n), blocks_per_sample), threads, stream, ring, tree, job,
+         Strata(job.stratified, n), shares_block(ring.layout, job.format, job.batch), rows);
 }
 
 void launch_drawable(const DeviceRing& ring, const int64_t* indices, int64_t n, bool* out,

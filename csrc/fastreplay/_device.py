@@ -15,7 +15,8 @@ MIN_CAPABILITY = (7, 5)  # compute capability that the kernels are compiled for
 emulation: ModuleType | None = None
 checks_emulation = False  # whether the emulation is self-checked, too
 
-_self_checks: dict[int, str] = {}  # by GPU index: what the self-check found, or ""
+# By GPU index, and for tiles by (index, "tiles"): what the self-check found, or "".
+_self_checks: dict[int | tuple[int, str], str] = {}
 _self_check_lock = threading.RLock()
 
 
@@ -93,25 +94,36 @@ def cuda_problem(index: int | None = None) -> str:
     return _self_check(index, name)
 
 
-def _self_check(index: int, name: str) -> str:
+def tiles_problem(index: int) -> str:
+    """Why frames in tiles cannot be used on a GPU that is otherwise usable; "" if they can.
+
+    The first call for a GPU runs a self-check of tiles.
+    """
+    if emulation is not None:
+        return _self_check(0, "the emulated GPU", tiles=True) if checks_emulation else ""
+    return _self_check(index, torch.cuda.get_device_name(index), tiles=True)
+
+
+def _self_check(index: int, name: str, tiles: bool = False) -> str:
     """What is wrong with the results of a GPU, in one line; "" if they equal those of the CPU."""
+    key = (index, "tiles") if tiles else index
     with _self_check_lock:
-        if index not in _self_checks:
-            _self_checks[index] = ""  # the check itself constructs replays on this GPU
+        if key not in _self_checks:
+            _self_checks[key] = ""  # the check itself constructs replays on this GPU
             try:
-                found = importlib.import_module("fastreplay._self_check").difference(
-                    f"cuda:{index}"
-                )
+                check = importlib.import_module("fastreplay._self_check")
+                difference = check.difference_of_tiles if tiles else check.difference
+                found = difference(f"cuda:{index}")
             except RuntimeError as e:  # such as too little memory: the next call tries again
-                del _self_checks[index]
+                del _self_checks[key]
                 line = str(e).splitlines()[0] if str(e) else type(e).__name__
                 return f"fastreplay's self-check cannot run on {name}: {line}"
             if found:
-                _self_checks[index] = (
+                _self_checks[key] = (
                     f"fastreplay's self-check failed on {name}: {found} differ from the CPU's; "
                     "please report it"
                 )
-        return _self_checks[index]
+        return _self_checks[key]
 
 
 def current_stream():

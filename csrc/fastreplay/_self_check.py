@@ -21,9 +21,22 @@ CONFIGURATIONS = (
 )
 
 
+TILES = tuple(options | {"storage": "tiles"} for options in (CONFIGURATIONS[0], CONFIGURATIONS[3]))
+
+
 def difference(device: str | torch.device) -> str:
     """What differs between `device` and the CPU, in a few words; "" if nothing does."""
-    for options in CONFIGURATIONS:
+    return difference_of(device, CONFIGURATIONS)
+
+
+def difference_of_tiles(device: str | torch.device) -> str:
+    """The same for frames in tiles on `device` and plain frames on the CPU."""
+    found = difference_of(device, TILES)
+    return found and f"{found}, with frames in tiles"
+
+
+def difference_of(device: str | torch.device, configurations: tuple[dict, ...]) -> str:
+    for options in configurations:
         name = first_difference(device, options)
         if name:
             dtype, memory_format = options["output_dtype"], options["memory_format"]
@@ -32,13 +45,17 @@ def difference(device: str | torch.device) -> str:
 
 
 def first_difference(device: str | torch.device, options: dict) -> str:
+    plain = options | {"storage": "auto"}
     replays = [
-        FrameReplay(24 * 3, (12, 12), 3, device=where, **options) for where in ("cpu", device)
+        FrameReplay(24 * 3, (12, 12), 3, device=where, **each)
+        for where, each in (("cpu", plain), (device, options))
     ]
     rng = np.random.default_rng(0)
-    for _ in range(3):
+    for turn in range(3):
         for _ in range(20):  # the third time, the rings have wrapped around
             frames = rng.integers(0, 256, (3, 12, 12), dtype=np.uint8)
+            if turn == 1:  # mostly zeros: tiles that occur again
+                frames //= 255
             actions, rewards = rng.integers(0, 18, 3), rng.normal(size=3).astype(np.float32)
             terminations, starts = rng.random((2, 3)) < 0.1
             for replay in replays:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreplay import _cpu
-from fastreplay._device import Backend
+from fastreplay._device import Backend, tiles_problem
 from fastreplay._state import check_equal, check_integers, check_keys, check_tensor
 from fastreplay.sum_tree import SumTree
 
@@ -60,11 +60,12 @@ class FrameReplay:
         threads: number of threads that copy a batch, 1 to 256. The default is torch's own threads
             (torch.set_num_threads) or, if torch has no GNU OpenMP, one per core, at most 4.
         device: "cpu", or "cuda", "cuda:1"... for a replay on that GPU.
-        storage: how and where frames are stored. "tiles", on the CPU: compact and lossless, a
-            hundredth (Breakout) to a tenth (Enduro) of the plain size, for uint8 frames of at most
-            2^18 bytes. The others are plain: on a GPU "device", "host" for pinned host memory,
-            which the GPU reads over the bus, or "auto" for the first of the two that has room; on
-            the CPU all three are its memory. The attribute `storage` is the one in use.
+        storage: how and where frames are stored. "tiles": compact and lossless, a hundredth
+            (Breakout) to a tenth (Enduro) of the plain size, for uint8 frames of at most 2^18
+            bytes; on a GPU in its memory. The others are plain: on a GPU "device", "host" for
+            pinned host memory, which the GPU reads over the bus, or "auto" for the first of the two
+            that has room; on the CPU all three are its memory. The attribute `storage` is the one
+            in use.
 
     Raises ValueError for a value out of range and TypeError for a wrong type. A replay can be
     pickled and deep-copied. Threads may share a replay; a call that waits for another call releases
@@ -79,7 +80,14 @@ class FrameReplay:
     Batches are those of plain frames, bit for bit. The memory grows with what the frames show (see
     `nbytes`). Frames that do not repeat, such as noise, are kept plain, 32 rows of a game at a
     time, so that the worst case takes at most 1.4 times the plain memory. If memory runs out, `add`
-    raises MemoryError and changes nothing.
+    raises MemoryError (torch.OutOfMemoryError on a GPU) and changes nothing.
+
+    Tiles on a GPU: the CPU finds equal tiles, so `add` codes the frames there, keeps them in the
+    CPU's memory too, and sends only what is new. Samples read the tiles in the GPU's memory, of
+    which `add` allocates segments of 2 MiB or more when they are needed; they are not returned
+    before the replay is deleted or another state is loaded. Frames that are on the GPU already are
+    copied to the CPU first, for which `add` waits. `add` cannot be captured in a CUDA graph
+    (RuntimeError). All of this was tested on an emulation only; no GPU has run it yet.
 
     CUDA graphs: `sample`, `update_priorities` and, with tensors on the GPU, `add` can be captured.
     Each launch of the graph continues the draws and uses the current `per_beta`; other attributes
@@ -163,7 +171,9 @@ class FrameReplay:
 
         backend = Backend(device)
         if storage == "tiles" and backend.is_cuda:
-            raise ValueError("storage='tiles' is for device='cpu': omit one of the two")
+            problem = tiles_problem(backend.torch_device.index)
+            if problem:
+                raise RuntimeError(problem)
         self._backend, self.device = backend, backend.torch_device
         self.capacity, self.frame_shape, self.num_envs = capacity, frame_shape, num_envs
         self.stack, self.n_step, self.gamma = stack, n_step, gamma
@@ -184,7 +194,8 @@ class FrameReplay:
         memory: tuple[Any, ...] = (self._frames, self._actions, self._rewards, self._flags, powers)
         ring = backend.module.FrameRing
         if backend.is_cuda:
-            row_bytes = ring.row_bytes(num_envs, self._frames[0, 0].nbytes)
+            frame_bytes = math.prod(frame_shape) * frame_dtype.itemsize
+            row_bytes = ring.row_bytes(num_envs, frame_bytes, self._frames is None)
             memory += (backend.staging(row_bytes), backend.zeros(8))
         self._ring = ring(
             memory,
@@ -258,7 +269,8 @@ class FrameReplay:
     @property
     def nbytes(self) -> int:
         """Bytes that the replay takes now: all its rows, also if they are not stored yet, and of
-        tiles what is in use."""
+        tiles what is in use. On a GPU with tiles: the memory of the GPU, without the copy of the
+        tiles on the CPU."""
         tensors = [self._actions, self._rewards, self._flags]
         if self._tree is not None:
             tensors += [self._tree._leaves, self._tree._inner]

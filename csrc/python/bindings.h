@@ -108,6 +108,21 @@ py::class_<CheckedRing<Backend>> bind_ring(py::module_& m) {
       .def_property_readonly("max_leaf", [](Ring& r) { return r.backend().state().max_leaf; })
       .def_property_readonly("calls", [](Ring& r) { return r.backend().state().calls; })
       .def_property("beta", &Ring::beta, &Ring::set_beta)
+      .def(
+          "tile_state", [](Ring& r) { return r.backend().tile_state(); },
+          "The frames of a ring of tiles: (tiles, chunk sizes of each game, chunks of each game).")
+      .def(
+          "restore_tiles",
+          [](Ring& r, int64_t added, const py::object& tiles, const py::list& sizes,
+             const py::list& chunks) { r.backend().restore_tiles(added, tiles, sizes, chunks); },
+          py::arg("added"), py::arg("tiles"), py::arg("chunk_sizes"), py::arg("chunks"),
+          "Replaces the frames by those of tile_state(). ValueError if they are damaged.")
+      .def(
+          "tile_counts", [](Ring& r) { return r.backend().tile_counts(); },
+          "Of a ring of tiles: (rows added to each game, tiles, bytes in use on its device).")
+      .def(
+          "check_tiles", [](Ring& r) { r.backend().check_tiles(); },
+          "Raises RuntimeError unless all tiles are counted correctly. Slow.")
       .def_readwrite("seed", &Ring::seed);
   return ring;
 }

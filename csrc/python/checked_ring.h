@@ -10,6 +10,7 @@
 //   drawable(indices, out)
 //   update(pairs, alpha, epsilon)    on the CPU or on the device
 //   set_beta(beta), restore(state), state(), stored(), check()
+// and, if frames are in tiles, tile_state(), restore_tiles(...), tile_counts() and check_tiles().
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -29,23 +29,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The C++ half of fastreplay: use fastreplay.SumTree and fastreplay.FrameReplay.";
   bind_device(m);
   bind_tree<CpuTree>(m);
-  using Ring = CheckedRing<CpuRing>;
-  bind_ring<CpuRing>(m)
-      .def(
-          "tile_state", [](Ring& r) { return r.backend().tile_state(); },
-          "The frames of a ring of tiles: (tiles, chunk sizes of each game, chunks of each game).")
-      .def(
-          "restore_tiles",
-          [](Ring& r, int64_t added, const py::object& tiles, const py::list& sizes,
-             const py::list& chunks) { r.backend().restore_tiles(added, tiles, sizes, chunks); },
-          py::arg("added"), py::arg("tiles"), py::arg("chunk_sizes"), py::arg("chunks"),
-          "Replaces the frames by those of tile_state(). ValueError if they are damaged.")
-      .def(
-          "tile_counts", [](Ring& r) { return r.backend().tile_counts(); },
-          "Of a ring of tiles: (rows added to each game, tiles, bytes in use).")
-      .def(
-          "check_tiles", [](Ring& r) { r.backend().check_tiles(); },
-          "Raises RuntimeError unless all tiles are counted correctly. Slow.");
+  bind_ring<CpuRing>(m);
 
   m.def(
       "use_huge_pages",

@@ -21,7 +21,9 @@
 #include "cuda/device_tree.h"
 #include "cuda/runtime.h"
 #include "cuda/staging.h"
+#include "cuda/tile_mirror.h"
 #include "python/checked_ring.h"
+#include "python/tile_state.h"
 
 namespace fastreplay {
 
@@ -268,8 +270,9 @@ class CudaRing {
  public:
   using Tree = CudaTree;
 
-  // `memory`: frames (on the device or in pinned memory of the host), actions, rewards, flags,
-  // powers, staging, and counters (unused if there is a tree: both share the tree's).
+  // `memory`: frames (on the device, in pinned memory of the host, or None for tiles), actions,
+  // rewards, flags, powers, staging, and counters (unused if there is a tree: both share the
+  // tree's).
   CudaRing(const py::tuple& memory, CudaTree* tree, const Device& device, const RingLayout& layout,
            int /* threads */)
       : owner_(tree),
@@ -280,18 +283,28 @@ class CudaRing {
       throw py::value_error("a frame on a CUDA device may have at most 2^26 bytes");
     }
     ring_.layout = layout;
-    ring_.memory = {view(memory[0], "frames").as<uint8_t>(),
+    ring_.memory = {memory[0].is_none() ? nullptr : view(memory[0], "frames").as<uint8_t>(),
                     view(memory[1], "actions").as<int32_t>(),
                     view(memory[2], "rewards").as<float>(), view(memory[3], "flags").as<uint8_t>()};
     ring_.powers = view(memory[4], "powers").as<const float>();
     ring_.counters = state_->counters;
+    if (ring_.memory.frames == nullptr) {
+      store_ = std::make_unique<TileStore>(layout.rows, layout.num_envs,
+                                           TileShape(layout.frame_bytes, layout.frame_width));
+      tables_ = allocate(TileMirror::table_bytes(*store_));
+      mirror_ = make_mirror(*store_);
+      ring_.tiles = mirror_->device();
+      watch_store();
+    }
     write(Counters{});
   }
   ~CudaRing() { state_->wait(); }
 
-  // Bytes of a staging slot for one row of each game.
-  static int64_t row_bytes(int64_t num_envs, int64_t frame_bytes) {
-    return column_bytes(num_envs) + num_envs * frame_bytes;
+  // Bytes of a staging slot for one row of each game. Patches of tiles take several slots if they
+  // are many.
+  static int64_t row_bytes(int64_t num_envs, int64_t frame_bytes, bool tiles) {
+    const int64_t frames = num_envs * frame_bytes;
+    return column_bytes(num_envs) + (tiles ? std::max(frames, kLeastPatchBytes) : frames);
   }
 
   void add(const RowViews& views) {
@@ -306,18 +319,30 @@ class CudaRing {
     const bool staged = !(device.holds(views.frames) && device.holds(views.actions) &&
                           device.holds(views.rewards) && device.holds(views.terminations) &&
                           device.holds(views.episode_starts));
-    if (staged) {
-      state_->refuse_capture();
-      DeviceState::wait_for_slot(*staging_);
+    const bool tiled = store_ != nullptr;
+    if (tiled && state_->is_capturing()) {
+      throw std::runtime_error("add() of frames in tiles cannot be part of a CUDA graph capture");
+    }
+    std::vector<uint8_t> fetched;
+    if (tiled && device.holds(views.frames)) fetch_frames(row, fetched);
+    if (staged || tiled) {
+      if (staged) state_->refuse_capture();
+      make_room();
       if (!device.holds(views.actions)) {  // before any change, because it may raise
         actions_.resize(static_cast<size_t>(n));
         read_actions(views.actions, n, actions_.data());
       }
     }
+    if (tiled) {
+      new_tiles_.clear();
+      patches_.clear();
+      store_->add(row.frames, row.frame_stride);
+      mirror_->add(new_tiles_, patches_);
+    }
     const bool is_captured = state_->run([&](cudaStream_t stream) {
-      if (staged) stage(views, row, stream);
+      if (staged || tiled) stage(views, row, stream);
       launch_add(ring_, tree_, row, stream);
-      if (staged) staging_->close(stream);
+      if (staged || tiled) staging_->close(stream);
     });
     captured_add_ |= is_captured;
     if (!is_captured) stored_ = std::min(stored_ + 1, ring_.layout.rows);
@@ -376,6 +401,41 @@ class CudaRing {
     if (owner_ != nullptr) owner_->rebuild();
   }
 
+  // Of a ring that stores tiles.
+  py::tuple tile_state() const { return fastreplay::tile_state(*store_); }
+
+  // Replaces the frames by those of a state. ValueError if it is damaged; nothing changes then.
+  void restore_tiles(int64_t added, const py::object& pixels, const py::list& sizes,
+                     const py::list& chunks) {
+    auto restored = restored_tiles(*store_, added, pixels, sizes, chunks);
+    auto mirror = make_mirror(*restored);
+    patches_.clear();
+    mirror->copy_all(patches_);
+    state_->run([](cudaStream_t) {});  // the new memory is used after what torch has enqueued
+    DeviceState::wait_for_slot(*staging_);
+    state_->run([&](cudaStream_t stream) {
+      const Piece last = send_patches(stream);
+      staging_->send(last.bytes, stream);
+      launch_patches(last.patches, last.n, stream);
+      staging_->close(stream);
+    });
+    state_->wait();  // for the samples that read the old memory
+    store_ = std::move(restored);
+    mirror_ = std::move(mirror);
+    watch_store();
+  }
+
+  // Rows added to each game, tiles, bytes on the device.
+  py::tuple tile_counts() const {
+    return py::make_tuple(store_->added(), store_->dictionary().tiles(), mirror_->bytes());
+  }
+
+  void check_tiles() const {
+    if (!store_->is_valid()) {
+      throw std::runtime_error("the tiles are damaged: a count of references is wrong");
+    }
+  }
+
   // Waits only if a captured add may have been launched.
   int64_t stored() {
     if (captured_add_ && stored_ < ring_.layout.rows) stored_ = read().stored;
@@ -389,6 +449,95 @@ class CudaRing {
   }
 
  private:
+  static constexpr int64_t kLeastPatchBytes = 1 << 16;
+
+  // Memory of the device, uninitialised, from torch.
+  TileMirror::Memory allocate(int64_t bytes) const {
+    const py::object tensor = empty_1d(bytes, DType::kUint8, state_->device.torch_device);
+    return {view(tensor, "tiles").as<uint8_t>(), [tensor](uint8_t*) {}};
+  }
+  std::unique_ptr<TileMirror> make_mirror(const TileStore& store) const {
+    return std::make_unique<TileMirror>(store, tables_.get(),
+                                        [this](int64_t bytes) { return allocate(bytes); });
+  }
+
+  // Room for all that one add() can list.
+  void watch_store() {
+    const int64_t ids = store_->num_envs() * store_->layout().positions;
+    const int64_t pieces = store_->longest_open() / TileMirror::kMaxPatch + 4;
+    new_tiles_.reserve(static_cast<size_t>(ids));
+    patches_.clear();
+    patches_.shrink_to_fit();
+    patches_.reserve(static_cast<size_t>(ids + store_->num_envs() * pieces + 8));
+    store_->report_new_tiles(&new_tiles_);
+  }
+
+  // Waits until the next slot may be overwritten and, with tiles, the device has memory for the
+  // next add(). When it returns, no other thread has run since the last check.
+  void make_room() {
+    DeviceState::wait_for_slot(*staging_);
+    while (store_ != nullptr && mirror_->reserve()) {
+      state_->run([](cudaStream_t) {});  // the new memory is used after what torch has enqueued
+      DeviceState::wait_for_slot(*staging_);
+    }
+  }
+
+  // Copies frames that are on the device to the CPU, where they are coded. Waits for the stream.
+  void fetch_frames(Row& row, std::vector<uint8_t>& to) const {
+    const int64_t n = ring_.layout.num_envs, bytes = ring_.layout.frame_bytes;
+    to.resize(static_cast<size_t>(n * bytes));
+    for (int64_t game = 0; game < n; ++game) {
+      state_->fetch(to.data() + game * bytes, row.frames + game * row.frame_stride,
+                    static_cast<size_t>(bytes));
+    }
+    row.frames = to.data();
+    row.frame_stride = bytes;
+  }
+
+  // Patches in the current slot, after the columns.
+  struct Piece {
+    Staging::Slot slot;
+    int64_t bytes;  // to send
+    const DevicePatch* patches;
+    int64_t n;
+  };
+
+  // Opens a slot and fills it with patches_. If they do not fit, sends and applies those that do,
+  // and goes on with the next slot; the last one is returned, and not sent. It does not release the
+  // GIL: no other call may see a part of the patches.
+  //
+  //   slot    | columns | patch | patch | ... | bytes of a patch | bytes of a patch | ... |
+  Piece send_patches(cudaStream_t stream) {
+    const int64_t first = column_bytes(ring_.layout.num_envs);
+    const auto padded = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+    for (size_t sent = 0;;) {
+      const Staging::Slot slot = staging_->open();
+      int64_t bytes = 0;
+      size_t end = sent;
+      for (; end < patches_.size(); ++end) {
+        const int64_t more = int64_t{sizeof(DevicePatch)} + padded(patches_[end].bytes);
+        if (first + bytes + more > staging_->slot_bytes()) break;
+        bytes += more;
+      }
+      const int64_t n = static_cast<int64_t>(end - sent);
+      DevicePatch* const to = reinterpret_cast<DevicePatch*>(slot.host + first);
+      int64_t at = n * int64_t{sizeof(DevicePatch)};
+      for (int64_t i = 0; i < n; ++i) {
+        const Patch& patch = patches_[sent + static_cast<size_t>(i)];
+        to[i] = {patch.to, static_cast<uint32_t>(at), static_cast<uint32_t>(patch.bytes)};
+        std::memcpy(slot.host + first + at, patch.from, static_cast<size_t>(patch.bytes));
+        at += padded(patch.bytes);
+      }
+      const Piece piece{slot, first + at, reinterpret_cast<DevicePatch*>(slot.device + first), n};
+      sent = end;
+      if (sent == patches_.size()) return piece;
+      staging_->send(piece.bytes, stream);
+      launch_patches(piece.patches, n, stream);
+      staging_->close(stream);
+      staging_->next_copied().wait();
+    }
+  }
+
   // Bytes of actions (int32), rewards (float32), terminations and starts; a multiple of 16, so that
   // the frames after them are aligned.
   static int64_t column_bytes(int64_t num_envs) { return (10 * num_envs + 15) / 16 * 16; }
@@ -401,13 +550,16 @@ class CudaRing {
     return {v.data, type, v.strides[0]};
   }
 
-  // Sends the columns that are on the CPU to the device, and points `row` to the copies.
+  // Sends the columns that are on the CPU to the device, and points `row` to the copies. Frames in
+  // tiles are sent as patches_.
   //
-  //   slot    | actions | rewards | terminations | episode_starts | frames |
+  //   slot    | actions | rewards | terminations | episode_starts | frames, or patches |
   void stage(const RowViews& views, Row& row, cudaStream_t stream) {
     const Device& device = state_->device;
     const int64_t n = ring_.layout.num_envs, bytes = ring_.layout.frame_bytes;
-    const Staging::Slot slot = staging_->open();
+    Piece piece{};
+    if (store_ != nullptr) piece = send_patches(stream);
+    const Staging::Slot slot = store_ != nullptr ? piece.slot : staging_->open();
     if (!device.holds(views.actions)) {
       std::memcpy(slot.host, actions_.data(), static_cast<size_t>(4 * n));
       row.actions = {slot.device, Column::kInt32, 1};
@@ -425,6 +577,10 @@ class CudaRing {
       row.episode_starts = slot.device + 9 * n;
     }
     const int64_t first = column_bytes(n);
+    if (store_ != nullptr) {
+      staging_->send(piece.bytes, stream);
+      return launch_patches(piece.patches, piece.n, stream);
+    }
     if (device.holds(views.frames)) return staging_->send(first, stream);
     for (int64_t game = 0; game < n; ++game) {
       std::memcpy(slot.host + first + game * bytes, row.frames + game * row.frame_stride,
@@ -432,7 +588,7 @@ class CudaRing {
     }
     row.frames = slot.device + first;
     row.frame_stride = bytes;
-    staging_->send(row_bytes(n, bytes), stream);
+    staging_->send(row_bytes(n, bytes, false), stream);
   }
 
   Counters read() { return state_->read(ring_.layout.num_envs * ring_.layout.rows, nullptr); }
@@ -453,6 +609,12 @@ class CudaRing {
   bool captured_add_ = false;   // whether the device may have stored more
   bool seen_drawable_ = false;  // from then on there is always something to draw
   std::vector<int32_t> actions_;
+  // With tiles: the frames on the host, their copy on the device, and what the next stage() sends.
+  TileMirror::Memory tables_;
+  std::vector<uint32_t> new_tiles_;
+  std::vector<Patch> patches_;
+  std::unique_ptr<TileStore> store_;
+  std::unique_ptr<TileMirror> mirror_;
 };
 
 }  // namespace fastreplay

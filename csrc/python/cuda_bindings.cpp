@@ -13,7 +13,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_device(m);
   bind_tree<CudaTree>(m);
   bind_ring<CudaRing>(m).def_static("row_bytes", &CudaRing::row_bytes, py::arg("num_envs"),
-                                    py::arg("frame_bytes"),
+                                    py::arg("frame_bytes"), py::arg("tiles"),
                                     "Bytes of a staging slot for one row of each game.");
 
   py::class_<PinnedMemory>(m, "PinnedMemory", py::module_local(), py::buffer_protocol(),
