@@ -139,13 +139,13 @@ def network_report(found, algorithms, env_ids):
         *lines,
         "",
         f"Means over the evaluations in the second half of training; interquartile mean of {seeds} "
-        f"seed{'s' * (seeds > 1)}"
         + (
-            f", with 95% bootstrap intervals over the seeds ({RESAMPLES:,} resamples)."
-            * (seeds > 1)
-        )
-        + " The last row of an environment is the difference of the over-estimations, seed by "
-        "seed: where its interval contains 0, the seeds show no effect of Double DQN.",
+            f"seeds, with 95% bootstrap intervals over the seeds ({RESAMPLES:,} resamples). The "
+            "last row of an environment is the difference of the over-estimations, seed by seed: "
+            "where its interval contains 0, the seeds show no effect of Double DQN."
+            if seeds > 1
+            else "seed, without an interval."
+        ),
         "",
         "Predicted is max_a Q(s, a), true the discounted sum of the rewards that followed, with "
         "the rewards and the terminal states of training (on Atari clipped, and a lost life ends "
