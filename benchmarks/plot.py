@@ -150,6 +150,8 @@ def read_record(folder):
     """
     record, runs = json.loads((folder / "results.json").read_text()), []
     for run in record.get("runs", []):
+        if "env_id" not in run:  # a speed run, which has no curve
+            continue
         script, seed, logs = run.get("script") or record["script"], run["seed"], {}
         if "returns" in run:
             logs["evaluation"] = make_log(run["steps"], run.get("hours") or None, run["returns"])

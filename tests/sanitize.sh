@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Builds fastreplay with a sanitizer of GCC and runs the tests of csrc/ with it.
 #
-#   tests/sanitize.sh address    AddressSanitizer and UndefinedBehaviorSanitizer, all tests; the
-#                                CUDA kernels run on the emulation
-#   tests/sanitize.sh thread     ThreadSanitizer, the tests that use threads
+#   tests/sanitize.sh address          AddressSanitizer and UndefinedBehaviorSanitizer, all tests;
+#                                      the CUDA kernels run on the emulation
+#   tests/sanitize.sh address quick    the same without tiles on the emulation, which take longest
+#   tests/sanitize.sh thread           ThreadSanitizer, the tests that use threads
 #
 # The environment variable PYTHON names the interpreter (default: python).
 set -euo pipefail
@@ -20,6 +21,9 @@ case $kind in
     preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
     # A limit of address space does not fit the sanitizer, which reserves most of it.
     select="not importing and not without_a_gpu and not memory_runs_out"
+    if [ "${2:-}" = quick ]; then
+      select="$select and not emulated-tiles and (not test_tiles or not cuda)"
+    fi
     ;;
   thread)
     flags="-fsanitize=thread"
@@ -28,7 +32,7 @@ case $kind in
     show=-s    # a race ends the process, and pytest must not hide its report
     threads=1  # of torch, whose OpenMP is not built for this sanitizer
     ;;
-  *) echo "usage: $0 address|thread" >&2 && exit 2 ;;
+  *) echo "usage: $0 address [quick]|thread" >&2 && exit 2 ;;
 esac
 preload="$preload $(gcc -print-file-name=libstdc++.so)"
 

@@ -373,6 +373,7 @@ def test_every_record_of_learning_curves_can_be_read():
     assert breakout.logs["evaluation"].hours[0] == pytest.approx(0.0411)
     assert len(breakout.logs["training"].steps) == 302
     assert not read(records / "2026-11-22_sum_trees")
+    assert not read(records / "2026-11-25_speedrun_cartpole")
 
 
 def test_a_record_with_hours(tmp_path):
