@@ -91,13 +91,10 @@ def minatar_table(records, page):
     """A row for each script, a column for each game: interquartile mean, lowest to highest."""
     games, rows = {}, {}  # {game: its record}, {script: {game: cell}}
     for name in records:
-        for (script, env_id), runs in grouped(
-            read_record(name)["runs"], "script", "env_id"
-        ).items():
-            game, final = (
-                env_id[len("MinAtar/") : -len("-v1")],
-                [run["final_return"] for run in runs],
-            )
+        groups = grouped(read_record(name)["runs"], "script", "env_id")
+        for (script, env_id), runs in groups.items():
+            game = env_id.removeprefix("MinAtar/").removesuffix("-v1")
+            final = [run["final_return"] for run in runs]
             cell = f"{interquartile_mean(final):.1f} ({min(final):.1f} to {max(final):.1f}), "
             cell += f"{len(final)} seed{'s' * (len(final) > 1)}"
             games[game], rows[script] = name, rows.get(script, {}) | {game: cell}

@@ -409,7 +409,7 @@ def networks_of(runs, places):
     """
     import torch  # takes a second
 
-    networks, place_of = {}, dict(zip(map(id, runs), places))
+    networks, place_of = {}, {id(run): place for run, place in zip(runs, places)}
     for group in grouped(runs, "script", "env_id").values():
         run = sorted(group, key=lambda run: run["final_return"])[(len(group) - 1) // 2]
         for checkpoint in place_of[id(run)].glob("runs/*/checkpoint.pt"):  # one
