@@ -403,10 +403,11 @@ class Features(nn.Sequential):
 
     Images are channels-last; with --bfloat16 the layers compute in bfloat16 and the result is
     converted back. The first Linear takes the image flattened by row, column, channel, as it lies
-    in memory; in float32 on a CPU it runs as a convolution of the image's size.
+    in memory; in float32 on a CPU with AVX-512 it is a convolution, which is faster only there.
     """
 
     bfloat16 = False  # --bfloat16
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
     def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
@@ -425,19 +426,18 @@ class Features(nn.Sequential):
         x = x.permute(0, 2, 3, 1).flatten(1) if x.ndim == 4 else x
         return x.to(self[0].weight.dtype)
 
-    @staticmethod
-    def dense(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def dense(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """The layer of an image (B, C, H, W), flattened by row, column, channel."""
-        if x.is_cuda or x.dtype != torch.float32:
+        if x.is_cuda or x.dtype != torch.float32 or not self.avx512:
             return layer(x.permute(0, 2, 3, 1).flatten(1))
-        _, channels, height, width = x.shape
-        weight = layer.weight.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        weight = layer.weight.view(-1, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, layer.bias).flatten(1)
 
 
 def scaled(obs: torch.Tensor) -> torch.Tensor:
-    """uint8 frames -> [0, 1]; those of fastreplay are scaled already."""
-    return obs / 255 if obs.dtype == torch.uint8 else obs
+    """uint8 frames -> [0, 1], channels-last; those of fastreplay are so already."""
+    raw = obs.dtype == torch.uint8
+    return obs.to(torch.float32, memory_format=torch.channels_last) / 255 if raw else obs
 
 
 class Games(AtariVectorEnv):
