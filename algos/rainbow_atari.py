@@ -609,9 +609,9 @@ class Features(nn.Sequential):
     def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
         self.to(memory_format=torch.channels_last)
-        for layer in self:
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = True
+        for before, layer in zip(layers, layers[1:]):
+            if isinstance(layer, nn.ReLU):  # a norm's output is a view, slow to change in place
+                layer.inplace = not isinstance(before, nn.LayerNorm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
