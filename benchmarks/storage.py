@@ -10,13 +10,16 @@ For each game and each way to play, eight games run side by side and their frame
     tiles              fastreplay, storage="tiles"
     lz4, zstd, snappy  a Python list of compressed frames; `stack`: the five frames of a transition
                        compressed together
+    dopamine           Dopamine's replay, which compresses obs and next_obs by snappy; the frames of
+                       one of the games (`--codecs dopamine`, needs `pip install dopamine-rl`)
 
 --play: `random` actions, `sticky` (an action is kept with probability 0.9), or a checkpoint of an
-Atari file, with epsilon 0.01. (Dopamine, which compresses what it stores, is in buffers.py.)
+Atari file, with epsilon 0.01.
 
 Plain and tiles get the same frames and sample in turns, in one process; the batches are compared.
 The compressors hold the first --peer-frames frames. --growth N adds up to N frames to tiles alone,
-in a process of its own: bytes a frame on the way, resident memory, the slowest adds.
+in a process of its own: bytes a frame on the way, resident memory, the slowest adds. `--frames 0
+--growth N` does nothing else; of that only the times need a quiet machine.
 
 A sample returns obs and next_obs of n transitions at random places: fastreplay's as the Atari files
 get them (float32, channels last) and as uint8, the compressors' as uint8. All on one thread.
@@ -96,8 +99,8 @@ class Compressed:
 
             self.compress, self.decompress = snappy.compress, snappy.decompress
 
-    def add(self, frames):
-        """`frames`: (NUM_ENVS, 84, 84) of one step."""
+    def add(self, frames, starts):
+        """`frames`: (NUM_ENVS, 84, 84) of one step; `starts`: which open an episode, (NUM_ENVS,)."""
         if self.stack:
             self.recent = [*self.recent[-4:], frames.copy()]
             if len(self.recent) == 5:
@@ -126,6 +129,30 @@ class Compressed:
         return sum(sizes) / len(sizes)
 
 
+class Dopamine:
+    """The frames of the first game in Dopamine's replay."""
+
+    def __init__(self, capacity):
+        from buffer_peers import Dopamine
+        from dopamine.jax.replay_memory.elements import TransitionElement
+
+        self.buffer, self.transition, self.last = Dopamine(capacity).buffer, TransitionElement, None
+
+    def add(self, frames, starts):
+        if self.last is not None:
+            self.buffer.add(self.transition(self.last, 0, 0.0, starts[0], starts[0]))
+        self.last = frames[0].copy()
+
+    def sample(self, n, rng):
+        batch = self.buffer.sample(n)
+        return batch.state, batch.next_state
+
+    def bytes_per_frame(self):
+        stored = [*self.buffer._memory.values()]
+        sizes = (sys.getsizeof(s) for x in stored for s in (x.state, x.next_state))
+        return sum(sizes) / len(stored)
+
+
 def fast_replay(capacity, storage, **options):
     from fastreplay import FrameReplay
 
@@ -152,15 +179,18 @@ def measure_turns(game, how, args):
     }
     peers = {}
     for codec in args.codecs:
-        peers[codec] = Compressed(codec, stack=False)
-        peers[f"{codec} stack"] = Compressed(codec, stack=True)
+        if codec == "dopamine":
+            peers[codec] = Dopamine(args.peer_frames)
+        else:
+            peers[codec] = Compressed(codec, stack=False)
+            peers[f"{codec} stack"] = Compressed(codec, stack=True)
     seconds = dict.fromkeys([*stores, *peers], 0.0)
     for t, (frames, starts) in enumerate(play(game, how, steps)):
         for key, replay in stores.items():
             seconds[key] += add(replay, frames, starts)
         for key, peer in peers.items() if t < args.peer_frames // NUM_ENVS else ():
             begin = time.perf_counter()
-            peer.add(frames)
+            peer.add(frames, starts)
             seconds[key] += time.perf_counter() - begin
     result = {"stores": {}, "frames": steps * NUM_ENVS}
     for storage, name in (("auto", "plain"), ("tiles", "tiles")):
@@ -173,8 +203,9 @@ def measure_turns(game, how, args):
         times = sample_in_turns(stores["auto", output], stores["tiles", output], args)
         for name in ("plain", "tiles"):
             result["stores"][name] |= {f"{output} {n}": times[name, n] for n in SIZES}
-    rng, peer_frames = np.random.default_rng(0), args.peer_frames // NUM_ENVS * NUM_ENVS
+    rng, peer_rows = np.random.default_rng(0), args.peer_frames // NUM_ENVS
     for key, peer in peers.items():
+        peer_frames = peer_rows * (1 if key == "dopamine" else NUM_ENVS)
         found = {"bytes": peer.bytes_per_frame(), "adds": peer_frames / seconds[key]}
         for n in SIZES:
             times = []
@@ -262,12 +293,23 @@ def ratio(stores, key):
     return median(ours / theirs for ours, theirs in turns)
 
 
+def summary_of(parts):
+    """Bytes a frame, and tiles' time of float32 samples to plain's, in one line."""
+    if "turns" not in parts:
+        return f"{parts['growth']['growth'][-1]['bytes']:.0f} bytes"
+    stores = parts["turns"]["stores"]
+    ratios = ", ".join(f"{ratio(stores, f'float32 {n}'):.2f}" for n in SIZES)
+    return f"{stores['tiles']['bytes']:.0f} bytes, {ratios}"
+
+
 def report_of(rows, args):
     """The record's page, in Markdown. `rows`: [(game, how, results of its parts)]"""
-    found = [(game, how, parts["turns"]["stores"]) for game, how, parts in rows]
-    head = f"{args.frames:,} frames a row, one thread, {args.turns} turns; times in microseconds."
-    lines = ["# Frame stores on real games", "", head, "", *stores_table(found)]
-    names = [name for name in found[0][2] if name not in ("plain", "tiles")]
+    lines, names = ["# Frame stores on real games"], []
+    if args.frames:
+        found = [(game, how, parts["turns"]["stores"]) for game, how, parts in rows]
+        head = f"{args.frames:,} frames a row, one thread, {args.turns} turns; times in "
+        lines += ["", f"{head}microseconds.", "", *stores_table(found)]
+        names = [name for name in found[0][2] if name not in ("plain", "tiles")]
     if names:
         lines += [
             "",
@@ -331,15 +373,21 @@ def growth_table(rows):
 def figure_of(rows):
     """Bytes a frame of tiles in each game, and of the compressors in the median game."""
     bars = [
-        (f"{game}, {how}", parts["turns"]["stores"]["tiles"]["bytes"], False)
+        (f"{game}, {how}", parts["growth"]["growth"][-1]["bytes"], False)
         for game, how, parts in rows
+        if "turns" not in parts
     ]
-    for name in rows[0][2]["turns"]["stores"]:
+    stores = [
+        (game, how, parts["turns"]["stores"]) for game, how, parts in rows if "turns" in parts
+    ]
+    bars += [(f"{game}, {how}", found["tiles"]["bytes"], False) for game, how, found in stores]
+    for name in stores[0][2] if stores else ():
         if name not in ("plain", "tiles"):
-            found = (parts["turns"]["stores"][name]["bytes"] for *_, parts in rows)
+            found = (found[name]["bytes"] for *_, found in stores)
             bars.append((f"{name}, median game", median(found), True))
     bars.sort(key=lambda bar: bar[1])
-    note = "frames of 84x84, 7,056 bytes each; blue: tiles, grey: compressors"
+    note = "frames of 84x84, 7,056 bytes each; blue: tiles"
+    note += ", grey: compressors" if any(peer for *_, peer in bars) else ""
     return draw_bars(bars, "Memory of a frame", note, "bytes a frame, lower is better")
 
 
@@ -347,7 +395,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--games", nargs="+", default=GAMES, help="names without NoFrameskip-v4")
     parser.add_argument("--play", nargs="+", default=["sticky"], help="random, sticky, checkpoints")
-    parser.add_argument("--frames", type=int, default=100_000, help="in each store")
+    parser.add_argument("--frames", type=int, default=100_000, help="in each store; 0: no stores")
     parser.add_argument(
         "--peer-frames", type=int, default=16_000, help="in each compressor's store"
     )
@@ -362,7 +410,7 @@ def main():
         print(json.dumps(PARTS[part](game, how, args)))
         return
     for name, number in (("--frames", args.frames), ("--peer-frames", args.peer_frames)):
-        if number < 1_000:
+        if number < 1_000 and not (name == "--frames" and number == 0 and args.growth):
             parser.error(f"{name} must be 1000 or more")
     if args.record:
         commit = clean_commit()
@@ -370,14 +418,11 @@ def main():
     rows = []
     for how in args.play:
         for game in args.games:
-            parts = {"turns": run_part("turns", game, how, args)}
-            if args.growth:
-                parts["growth"] = run_part("growth", game, how, args)
+            wanted = {"turns": args.frames, "growth": args.growth}
+            parts = {part: run_part(part, game, how, args) for part in PARTS if wanted[part]}
             name = how if how in ("random", "sticky") else "trained"
             rows.append((game, name, parts))
-            stores = parts["turns"]["stores"]
-            ratios = ", ".join(f"{ratio(stores, f'float32 {n}'):.2f}" for n in SIZES)
-            print(f"{game}, {name}: {stores['tiles']['bytes']:.0f} bytes, {ratios}", flush=True)
+            print(f"{game}, {name}: {summary_of(parts)}", flush=True)
     report = report_of(rows, args)
     print(report)
     if args.record:

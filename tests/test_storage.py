@@ -18,15 +18,20 @@ def module_of(codec):
     return {"lz4": "lz4.block", "zstd": "zstandard", "snappy": "snappy"}[codec]
 
 
+def random_rows(rng):
+    """Nine rows of frames of three grey levels a line, which compress well."""
+    return rng.integers(256, size=(9, storage.NUM_ENVS, 84, 3), dtype=np.uint8).repeat(28, 3)
+
+
 @pytest.mark.parametrize("stack", [False, True], ids=["frame", "stack"])
 @pytest.mark.parametrize("codec", ["lz4", "zstd", "snappy"])
 def test_compressors_give_the_frames_back(codec, stack):
     """obs and next_obs of a transition overlap in three frames; its place is any."""
     pytest.importorskip(module_of(codec))
     store, rng = storage.Compressed(codec, stack), np.random.default_rng(0)
-    frames = rng.integers(256, size=(9, storage.NUM_ENVS, 84, 3), dtype=np.uint8).repeat(28, 3)
+    frames = random_rows(rng)
     for row in frames:
-        store.add(row)
+        store.add(row, np.zeros(storage.NUM_ENVS, bool))
     stacks = {frames[t : t + 5, env].tobytes() for t in range(5) for env in range(storage.NUM_ENVS)}
     seen = set()
     for obs, next_obs in zip(*store.sample(200, rng)):
@@ -34,6 +39,30 @@ def test_compressors_give_the_frames_back(codec, stack):
         seen.add(np.concatenate([obs, next_obs[-1:]]).tobytes())
     assert seen == stacks
     assert 84 * 3 < store.bytes_per_frame() < 84 * 84 * (5 if stack else 1) / 2
+
+
+def test_dopamine_gives_the_frames_of_one_game_back():
+    """Its first transition of an episode has the first frame, after three of zeros."""
+    pytest.importorskip("dopamine.jax.replay_memory.replay_buffer")
+    store, rng = storage.Dopamine(100), np.random.default_rng(0)
+    frames = random_rows(rng)
+    for t, row in enumerate(frames):
+        store.add(row, np.full(storage.NUM_ENVS, t in (0, 6)))
+    game = frames[:, 0]
+    stacks = set()
+    for t in (0, 1, 2, 3, 4, 6):  # the frame after 5 opens an episode, and the last one waits
+        begin = 6 if t == 6 else 0
+        stack = np.zeros((5, 84, 84), np.uint8)
+        newest = game[max(begin, t - 3) : t + 2]
+        stack[5 - len(newest) :] = newest
+        stacks.add(stack.tobytes())
+    seen = set()
+    for obs, next_obs in zip(*store.sample(200, rng)):
+        assert (obs[..., 1:] == next_obs[..., :-1]).all()
+        whole = np.concatenate([obs, next_obs[..., -1:]], axis=2)
+        seen.add(np.moveaxis(whole, 2, 0).tobytes())
+    assert stacks <= seen, (len(stacks), len(seen), len(stacks & seen))
+    assert 84 * 3 < store.bytes_per_frame() < 84 * 84 * 8 / 2
 
 
 @pytest.mark.parametrize("how", ["random", "sticky"])
