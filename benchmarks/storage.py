@@ -100,7 +100,7 @@ class Compressed:
             self.compress, self.decompress = snappy.compress, snappy.decompress
 
     def add(self, frames, starts):
-        """`frames`: (NUM_ENVS, 84, 84) of one step; `starts`: which open an episode, (NUM_ENVS,)."""
+        """`frames`: (NUM_ENVS, 84, 84) of one step; `starts`: whether each opens an episode."""
         if self.stack:
             self.recent = [*self.recent[-4:], frames.copy()]
             if len(self.recent) == 5:
@@ -377,9 +377,7 @@ def figure_of(rows):
         for game, how, parts in rows
         if "turns" not in parts
     ]
-    stores = [
-        (game, how, parts["turns"]["stores"]) for game, how, parts in rows if "turns" in parts
-    ]
+    stores = [(*row, parts["turns"]["stores"]) for *row, parts in rows if "turns" in parts]
     bars += [(f"{game}, {how}", found["tiles"]["bytes"], False) for game, how, found in stores]
     for name in stores[0][2] if stores else ():
         if name not in ("plain", "tiles"):

@@ -61,7 +61,7 @@ def test_dopamine_gives_the_frames_of_one_game_back():
         assert (obs[..., 1:] == next_obs[..., :-1]).all()
         whole = np.concatenate([obs, next_obs[..., -1:]], axis=2)
         seen.add(np.moveaxis(whole, 2, 0).tobytes())
-    assert stacks <= seen, (len(stacks), len(seen), len(stacks & seen))
+    assert stacks <= seen
     assert 84 * 3 < store.bytes_per_frame() < 84 * 84 * 8 / 2
 
 
@@ -117,6 +117,13 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     stores["plain"]["uint8 32"] = [4.0, 2.0, 8.0]
     assert storage.ratio(stores, "uint8 32") == 1.0
     pytest.importorskip("matplotlib")
+    assert len(storage.figure_of(rows).axes[0].patches) == 2
+    # --frames 0: growth alone
+    args.frames = 0
+    rows = [(game, how, {"growth": parts["growth"]}) for game, how, parts in rows]
+    page = storage.report_of(rows, args)
+    assert "sample(32)" not in page and "| Breakout | sticky | 2,000 |" in page
+    assert storage.summary_of(rows[0][2]) == f"{point['bytes']:.0f} bytes"
     assert len(storage.figure_of(rows).axes[0].patches) == 2
 
 
