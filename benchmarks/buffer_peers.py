@@ -191,6 +191,26 @@ class CleanRL(StableBaselines3):
         return ReplayBuffer
 
 
+class CleanRLRainbow(CleanRL):
+    title, prioritized = "CleanRL's Rainbow, prioritized, 3 steps", True
+
+    def __init__(self, capacity):
+        from cleanrl.rainbow_atari import PrioritizedReplayBuffer
+
+        self.buffer = PrioritizedReplayBuffer(capacity, (4, 84, 84), "cpu", n_step=3, gamma=0.99)
+
+    def add(self, row):
+        names = ("obs", "action", "reward", "next_obs", "terminated")
+        self.buffer.add(*(row[name][0] for name in names))
+
+    def sample(self, n):
+        batch = self.buffer.sample(n)
+        return batch.observations, batch.next_observations, batch
+
+    def update(self, batch, td_error):
+        self.buffer.update_priorities(batch[2].indices, td_error)
+
+
 class Tianshou(Peer):
     title, package, requires = "Tianshou, de-duplicated", "tianshou", ("tianshou==2.0.1",)
     num_envs = 8
@@ -558,6 +578,7 @@ PEERS = {
     "cpprb-per": CpprbPrioritized,
     "sb3": StableBaselines3,
     "cleanrl": CleanRL,
+    "cleanrl-rainbow": CleanRLRainbow,
     "tianshou": Tianshou,
     "tianshou-per": TianshouPrioritized,
     "torchrl": TorchRL,

@@ -14,14 +14,14 @@ prints the table.
 The word `script=NAME` chooses the file in algos/. `--peers` are the other sides, in the same form:
 "CleanRL script=c51", "Stable-Baselines3 num_envs=4", "Stable-Baselines3 algorithm=QRDQN
 n_quantiles=25" (of sb3-contrib). A side is compared with the fastest peer of its algorithm: C51,
-QR-DQN, or DQN, with which all other files are compared.
+QR-DQN, Rainbow, or DQN, with which all other files are compared.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
 
 CleanRL is a checkout of github.com/vwxyzjn/cleanrl. Its scripts expect gymnasium 0.29, so this tool
 restores the names that 1.x changed. The scripts run without their log of episodes, whose format has
-changed, too.
+changed, too. rainbow_atari.py stores scalars, because NumPy 2.4 refuses its arrays of one element.
 """
 
 import argparse
@@ -208,7 +208,11 @@ def run_cleanrl(task, clock, folder, script, **options):
     gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
     gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
     sys.path.insert(0, folder)
-    path = Path(folder) / "cleanrl" / f"{script}.py"
+    source = (Path(folder) / "cleanrl" / f"{script}.py").read_text()
+    stored = "obs, actions, rewards, real_next_obs, terminations"
+    source = source.replace(f"rb.add({stored})", f"rb.add(*(x[0] for x in ({stored})))")
+    path = Path(f"{script}.py")  # in the turn's own folder
+    path.write_text(source)
     sys.argv = [str(path), *flags_of({"start_e": EPSILON, "end_e": EPSILON} | task | options)]
     runpy.run_path(str(path), run_name="__main__")
 
@@ -306,7 +310,7 @@ def memcpy_ms():
 
 def algorithm_of(side):
     """The algorithm with which a side is compared."""
-    found = re.search(r"c51|qr_?dqn", side.lower())
+    found = re.search(r"c51|qr_?dqn|rainbow", side.lower())
     return found[0].replace("_", "") if found else "dqn"
 
 
