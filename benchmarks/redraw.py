@@ -31,7 +31,7 @@ def figures_of(folder):
         goal = results.get("goal")
         return {train.figure_name(e, [*by_env]): train.draw(by_env[e], goal) for e in by_env}
     if "steps_per_second" in results:
-        return {"rates": throughput.draw(results["steps_per_second"], results["task"])}
+        return {"rates": throughput.draw_results(results)}
     if "bias" in results:
         return {"bias": tabular.draw(results["bias"]["left"], results["bias"]["runs"])}
     rows = results.get("rows", {})

@@ -27,7 +27,7 @@ import sys
 from machine import ROOT
 from overestimation import value_table
 from speedrun import median_seconds, words
-from throughput import algorithm_of
+from throughput import algorithm_of, rooflines_of
 from train import bootstrap_interval, grouped, interquartile_mean, table_row
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -105,7 +105,7 @@ def minatar_table(records, page):
     return lines
 
 
-def side_name(side):
+def side_name(side, atari):
     """A side in words: "CleanRL script=c51" -> "CleanRL `c51.py`, 1 environment"."""
     name, *words = side.split()
     options = dict(word.split("=") for word in words)
@@ -113,15 +113,16 @@ def side_name(side):
     if name == "Stable-Baselines3":
         name += " " + NAMES.get(options.get("algorithm", "DQN"), options.get("algorithm"))
     elif name == "CleanRL":
-        name += f" `{options.get('script', 'dqn')}.py`"
+        name += f" `{options.get('script', 'dqn_atari' if atari else 'dqn')}.py`"
     else:
-        name = f"`{options['script']}.py`" if "script" in options else name
+        name = f"`{options.get('script', 'dqn_atari' if atari else 'dqn_cartpole')}.py`"
     name += ", bfloat16" if options.get("bfloat16") == "True" else ""
     return f"{name}, {n} environment{'s' * (n > 1)}"
 
 
 def throughput_table(records, page):
-    """A row for each side. The ratio is that to the fastest peer of the same algorithm."""
+    """A row for each side. The ratio is that to the fastest peer of the same algorithm. The roofline,
+    if the record has it, is what the rate of matrix products allows."""
     (name,) = records
     record = read_record(name)
     rates = {side: r for side, r in record["steps_per_second"].items() if r}
@@ -133,12 +134,17 @@ def throughput_table(records, page):
     task = record["task"]
     head = f"{task['env_id']}, batch {task['batch_size']}, "
     head += f"an update every {task['train_frequency']} steps"
-    lines = [table_row([head, "agent steps/s, median (lowest to highest)", "ratio to the peer"])]
-    lines += [table_row(["---", "---:", "---:"])]
+    rooflines, atari = rooflines_of(record), "NoFrameskip" in task["env_id"]
+    columns = [head, "agent steps/s, median (lowest to highest)", "ratio to the peer"]
+    columns += ["share of the roofline"] if rooflines else []
+    lines = [table_row(columns), table_row(["---", *["---:"] * (len(columns) - 1)])]
     for side, r in rates.items():
         middle, peer = statistics.median(r), fastest.get(algorithm_of(side))
         cell = f"{middle:,.0f} ({min(r):,.0f} to {max(r):,.0f})"
-        lines.append(table_row([side_name(side), cell, f"{middle / peer:.2f}" if peer else ""]))
+        cells = [side_name(side, atari), cell, f"{middle / peer:.2f}" if peer else ""]
+        if rooflines:
+            cells.append(f"{middle / rooflines[side]:.0%}" if side in rooflines else "")
+        lines.append(table_row(cells))
     return lines
 
 

@@ -16,6 +16,14 @@ The word `script=NAME` chooses the file in algos/. `--peers` are the other sides
 n_quantiles=25" (of sb3-contrib). A side is compared with the fastest peer of its algorithm: C51,
 QR-DQN, Rainbow, or DQN, with which all other files are compared.
 
+`--sweep num_envs 1 4 16 64` measures each variant with each of these values; the figure shows the
+rate against them.
+
+For each variant, the FLOPs of an agent step are counted once, and before each round of turns the
+rate of float32 matrix products is measured. Their ratio is the roofline: the most steps per second
+that the processor allows. `--profile FOLDER` does not compare: it writes a trace of each variant
+into the folder, for chrome://tracing, and a table of where the time of an agent step goes.
+
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
 
@@ -38,7 +46,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from figures import draw_intervals, pyplot, save, styles
+from figures import Curve, draw_curves, draw_intervals, pyplot, save, styles
 from machine import ROOT, clean_commit, commit_of, write_record
 
 TASKS = {
@@ -69,6 +77,7 @@ TASKS["minatar"] = TASKS["cartpole"] | {
     "target_network_frequency": 1_000,
 }
 EPSILON = 0.01
+COUNTED_STEPS = {"atari": 400}  # agent steps whose FLOPs are counted; elsewhere 2,000
 STARTUP_SECONDS = 120  # a turn whose first step takes longer is aborted
 
 
@@ -92,18 +101,24 @@ def last_line(text):
 # ---- CleanQ ----------------------------------------------------------------------------------
 
 
-def time_cleanq(args, variant, folder):
-    """Steps per second of one turn: run the script, interrupt it, read its TensorBoard file."""
+def cleanq_command(args, variant):
+    """-> the script's path, its flags"""
     atari = args.task == "atari"
     options = {"torch_threads": args.threads, "device": "cpu", "total_timesteps": 10**9}
     options |= {"start_e": EPSILON, "end_e": EPSILON, "log_frequency": 100 if atari else 1_000}
     options |= {"eval_frequency": 0, "checkpoint_frequency": 0} | TASKS[args.task]
     options |= dict(pair.split("=") for pair in variant.split())
     path = ROOT / "algos" / f"{options.pop('script', 'dqn_atari' if atari else 'dqn_cartpole')}.py"
+    return path, flags_of(options)
+
+
+def time_cleanq(args, variant, folder):
+    """Steps per second of one turn: run the script, interrupt it, read its TensorBoard file."""
+    path, flags = cleanq_command(args, variant)
     log = Path(folder, "log.txt")
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", path, *flags_of(options)],
+            [sys.executable, "-W", "ignore", path, *flags],
             cwd=folder,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -129,6 +144,63 @@ def time_cleanq(args, variant, folder):
     if process.returncode != 0:
         raise TurnFailed(last_line(log.read_text(errors="replace")))
     return rate_of(*read_times(folder), args.warm_up, args.seconds)
+
+
+def run_step_profile(words, folder="."):
+    """What benchmarks/step_profile.py prints, a dict."""
+    command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "step_profile.py", *words]
+    try:
+        done = subprocess.run(
+            list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=600
+        )
+    except subprocess.TimeoutExpired:
+        raise TurnFailed("took longer than 600 s") from None
+    if done.returncode != 0:
+        raise TurnFailed(last_line(done.stderr))
+    return json.loads(last_line(done.stdout))
+
+
+def matrix_rate(args):
+    """FLOP/s of float32 matrix products on the threads of a turn."""
+    return run_step_profile(["--threads", args.threads])["matrix rate"]
+
+
+def step_of(args, variant, trace=""):
+    """{"flops": FLOPs of an agent step}, and with a trace, its times."""
+    path, flags = cleanq_command(args, variant)
+    steps = COUNTED_STEPS.get(args.task, 2_000)
+    words = [path, "--begin", TASKS[args.task]["learning_starts"] + 100, "--steps", steps]
+    with tempfile.TemporaryDirectory(prefix="cleanq-throughput-") as folder:
+        return run_step_profile([*words, "--trace", trace, *flags], folder)
+
+
+def profile_variants(args):
+    """Write a trace of each variant, and print the tables."""
+    args.profile.mkdir(parents=True, exist_ok=True)
+    for variant in args.variants:
+        name = re.sub(r"\W+", "_", variant).strip("_") or "default"
+        trace = args.profile.resolve() / f"{name}.json.gz"
+        try:
+            found = step_of(args, variant, trace)
+        except TurnFailed as reason:
+            sys.exit(f"error: CleanQ {variant}: {reason}")
+        page = profile_report(f"CleanQ {variant}".strip(), found, matrix_rate(args))
+        trace.with_name(f"{name}.md").write_text(page)
+        print(f"{page}\nThe trace is {trace}.")
+
+
+def profile_report(title, found, matrix):
+    """The table of a profile, in Markdown."""
+    whole = found["step us"]
+    rows = sorted(found["parts"].items(), key=lambda row: -row[1])
+    rows.append(("the rest: Python, logs, target network", whole - sum(found["parts"].values())))
+    lines = [f"# {title}", "", f"An agent step takes {whole:,.0f} us in the profiler, and has "]
+    share = found["flops"] / (whole * 1e-6) / matrix
+    lines[-1] += f"{found['flops'] / 1e6:,.1f} MFLOP: {share:.0%} of the matrix rate."
+    for head, table in (("part of the loop", rows), ("kernel", [*found["kernels"].items()])):
+        lines += ["", f"| {head} | us an agent step | share |", "|---|---:|---:|"]
+        lines += [f"| {name} | {us:,.1f} | {us / whole:.0%} |" for name, us in table]
+    return "\n".join(lines) + "\n"
 
 
 def read_times(folder):
@@ -320,16 +392,26 @@ def main():
     parser.add_argument("--cleanrl", help="folder of a CleanRL checkout (default: no CleanRL)")
     parser.add_argument("--peers", nargs="*", help="default: CleanRL's and Stable-Baselines3's DQN")
     parser.add_argument("--alone", action="store_true", help="CleanQ only, no peers")
-    parser.add_argument("--variants", nargs="*", default=["num_envs=1", "num_envs=8"])
+    parser.add_argument("--variants", nargs="*", help="default: num_envs=1 and num_envs=8")
+    parser.add_argument("--sweep", nargs="+", help="an argument of CleanQ's, and its values")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--warm-up", type=float, default=3.0, help="seconds not measured")
     parser.add_argument("--seconds", type=float, default=12.0, help="seconds measured in a turn")
+    parser.add_argument("--profile", type=Path, help="folder for traces; nothing is compared")
     parser.add_argument("--record", help="folder of the record")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
         return be_peer(args)
+    args.variants = args.variants or ([""] if args.sweep else ["num_envs=1", "num_envs=8"])
+    if args.sweep:
+        name, *values = args.sweep
+        if len(values) < 2 or not args.alone:
+            parser.error("--sweep needs an argument of CleanQ's, two values or more, and --alone")
+        args.variants = [f"{v} {name}={x}".strip() for v in args.variants for x in values]
+    if args.profile:
+        return profile_variants(args)
     if args.record:
         commit = clean_commit()
         pyplot()  # exits here if it is missing, not after the measurement
@@ -340,8 +422,15 @@ def main():
         if args.task == "minatar" and not args.peers:
             sys.exit("error: no peer is set up for MinAtar; give --alone.")
         sides += args.peers or ["CleanRL"] * bool(args.cleanrl) + ["Stable-Baselines3"]
-    rates, drift, failed = {side: [] for side in sides}, [], {}
+    rates, drift, failed, matrix, flops = {side: [] for side in sides}, [], {}, [], {}
+    for variant in args.variants:
+        side = f"CleanQ {variant}".strip()
+        try:
+            flops[side] = step_of(args, variant)["flops"]
+        except TurnFailed as reason:
+            print(f"{side}: FLOPs not counted: {reason}", flush=True)
     for repeat in range(args.repeats):
+        matrix.append(matrix_rate(args))
         for side in sides:
             if side in failed:
                 continue
@@ -358,19 +447,56 @@ def main():
                 print(f"{side}: not measured: {reason}", flush=True)
             else:
                 print(f"{repeat + 1}/{args.repeats} {side}: {rates[side][-1]:.0f}", flush=True)
-    report = report_of(args, rates, drift, failed)
+    counted = {"flops_per_step": flops, "matrix_flops": statistics.median(matrix)}
+    report = report_of(args, rates, drift, failed, counted)
     print(report)
     if any(side.startswith("CleanQ") for side in failed):
         sys.exit("error: a side of CleanQ was not measured; no record is written.")
     if args.record:
         results = {"steps_per_second": rates, "memcpy_ms": drift, "failed": failed}
+        results |= counted
         results |= {"task": TASKS[args.task], "cleanrl_commit": commit_of(args.cleanrl)}
+        if args.sweep:
+            results["sweep"] = args.sweep[0]
         write_record(args.record, results, report, commit)
-        save(draw(rates, TASKS[args.task]), Path(args.record) / "rates")
+        figure = draw_results(results)
+        save(figure, Path(args.record) / "rates")
 
 
-def draw(rates, task):
-    """Median, lowest and highest rate of each side. Returns the matplotlib figure."""
+def rooflines_of(results):
+    """Agent steps per second that the rate of matrix products allows, of each side of CleanQ."""
+    flops = results.get("flops_per_step", {})
+    return {side: results["matrix_flops"] / count for side, count in flops.items() if count}
+
+
+def draw_results(results):
+    """The figure of a record, from its results."""
+    rates, task = results["steps_per_second"], results["task"]
+    if "sweep" in results:
+        return draw_sweep(rates, task, results["sweep"])
+    return draw(rates, task, rooflines_of(results))
+
+
+def draw_sweep(rates, task, name):
+    """The rate of each variant against the value of one argument."""
+    found = {}  # variant: {value: rates}
+    for side, r in rates.items():
+        variant, value = re.fullmatch(rf"(.*?) ?\b{name}=(\S+)", side).groups()
+        found.setdefault(variant, {})[float(value)] = r
+    curves = []
+    for variant, by_value in found.items():
+        x = sorted(by_value)
+        ys = [[of(by_value[v]) for v in x] for of in (statistics.median, min, max)]
+        curves.append(Curve(variant, *map(np.array, (x, *ys))))
+    label = name.replace("_", " ")
+    note = "" if name == "batch_size" else f"batch {task['batch_size']}, "
+    note += f"an update every {task['train_frequency']} steps; median, lowest and highest turn"
+    labels = (label, "agent steps/s, higher is better")
+    return draw_curves(curves, f"Speed while learning, {task['env_id']}", note, *labels, log=True)
+
+
+def draw(rates, task, rooflines=()):
+    """Median, lowest and highest rate of each side, and the roofline of the first one of CleanQ."""
     rates = {side: r for side, r in rates.items() if r}
     own = styles([not side.startswith("CleanQ") for side in rates])
     rows = [
@@ -380,12 +506,18 @@ def draw(rates, task):
     turns = max(map(len, rates.values()))
     note = f"batch {task['batch_size']}, an update every {task['train_frequency']} steps; "
     note += f"median, lowest and highest of {turns} turn{'s' * (turns > 1)}; grey: peers"
-    title = f"Speed while learning, {task['env_id']}"
-    return draw_intervals(rows, title, note, "agent steps/s, higher is better", xlim=(0, None))
+    title, roofline = f"Speed while learning, {task['env_id']}", None
+    top = max(high for _, _, _, high, _ in rows)
+    if rooflines and (first := next(iter(rooflines.items())))[1] < 4 * top:
+        roofline = first[1]
+        note += f"; dashed: {roofline:,.0f}, what the rate of matrix products allows {first[0]}"
+    axis = "agent steps/s, higher is better"
+    return draw_intervals(rows, title, note, axis, reference=roofline, xlim=(0, None))
 
 
-def report_of(args, rates, drift, failed):
+def report_of(args, rates, drift, failed, counted):
     """The record's page, in Markdown: a row for each side."""
+    rooflines = rooflines_of(counted)
     medians = {side: statistics.median(r) for side, r in rates.items() if side not in failed}
     peers = {}  # the fastest peer of each algorithm
     for side, middle in medians.items():
@@ -398,17 +530,23 @@ def report_of(args, rates, drift, failed):
         "",
         f"Torch threads: {args.threads}. Turns of each side: {args.repeats} of {args.seconds:g} s.",
         "",
-        "| side | agent steps/s, median | lowest | highest | ratio to the fastest peer |",
-        "|---|---:|---:|---:|---:|",
+        "| side | agent steps/s, median | lowest | highest | ratio to the fastest peer | "
+        "share of the roofline |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for side, r in rates.items():
         if side in failed:
-            lines.append(f"| {side} | not measured: {failed[side]} | | | |")
+            lines.append(f"| {side} | not measured: {failed[side]} | | | | |")
             continue
         fastest = peers.get(algorithm_of(side))
         ratio = f"{medians[side] / fastest:.2f}" if fastest else ""
-        lines.append(f"| {side} | {medians[side]:.0f} | {min(r):.0f} | {max(r):.0f} | {ratio} |")
+        share = f"{medians[side] / rooflines[side]:.0%}" if side in rooflines else ""
+        cells = (side, *(f"{x:.0f}" for x in (medians[side], min(r), max(r))), ratio, share)
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"64 MiB memcpy before each turn: {min(drift):.1f} to {max(drift):.1f} ms."]
+    if rooflines:
+        rate = counted["matrix_flops"] / 1e9
+        lines += [f"Matrix products in float32: {rate:.0f} GFLOP/s, median of the rounds."]
     lines += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}."]
     if args.cleanrl:
         lines += [f"CleanRL: commit {commit_of(args.cleanrl)}."]

@@ -1,5 +1,6 @@
 """The tools in benchmarks/: when a record may be written, its contents, and its figures."""
 
+import argparse
 import csv
 import functools
 import itertools
@@ -28,6 +29,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+if __name__ != "__main__":
+    raise ImportError("there is nothing to count here")
 parser = argparse.ArgumentParser()
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--env-id", default="CartPole-v1")
@@ -594,6 +597,62 @@ def test_a_record_of_throughput(repository):
         "| CleanQ script=script | 500 | 500 | 500 |"
         in (repository / "record" / "README.md").read_text()
     )
+
+
+def test_the_flops_of_a_step(tmp_path):
+    """CartPole, 4 games, batch 128, an update in 10 steps, counted by hand: layers of D x H weights
+    take 2 D H FLOPs an observation forward, as many for the weights' gradient, and as many for the
+    input's, but for the first layer. Every fourth step acts for four games."""
+    import throughput
+
+    args = argparse.Namespace(task="cartpole", threads=1, profile=tmp_path)
+    args.variants = ["start_e=0 end_e=0 num_envs=4"]
+    found = throughput.step_of(args, *args.variants, tmp_path / "trace.json.gz")
+    sizes = [2 * 4 * 120, 2 * 120 * 84, 2 * 84 * 2]
+    update = 128 * (sum(sizes) * 3 + sum(sizes[1:]))  # theta, theta^-, two gradients
+    assert found["flops"] == pytest.approx(sum(sizes) + update / 10, rel=0.02)
+    assert {"act", "td_loss", "backward", "optimizer.step", "replay.sample"} <= set(found["parts"])
+    parts = sum(found["parts"].values())
+    assert 0.3 * found["step us"] < parts < found["step us"]
+    assert (tmp_path / "trace.json.gz").stat().st_size > 10_000
+    page = throughput.profile_report("DQN", found, matrix=1e9)
+    assert f"| act | {found['parts']['act']:,.1f} |" in page
+    assert "the rest: Python, logs, target network" in page
+
+
+def test_the_roofline():
+    """Half of 100 FLOP/s, at 10 FLOPs a step, is 5 steps/s of 10."""
+    import throughput
+
+    counted = {"matrix_flops": 100.0, "flops_per_step": {"CleanQ": 10.0}}
+    assert throughput.rooflines_of(counted) == {"CleanQ": 10.0}
+    assert throughput.rooflines_of({}) == {}  # of older records
+    args = argparse.Namespace(task="cartpole", threads=1, repeats=1, seconds=1, cleanrl=None)
+    rates = {"CleanQ": [5.0], "Stable-Baselines3": [4.0]}
+    page = throughput.report_of(args, rates, [1.0], {}, counted)
+    assert "| CleanQ | 5 | 5 | 5 | 1.25 | 50% |" in page
+    assert "| Stable-Baselines3 | 4 | 4 | 4 | 1.00 |  |" in page
+    figure = throughput.draw(rates, throughput.TASKS["cartpole"], {"CleanQ": 10.0})
+    assert any(list(line.get_xdata()) == [10.0, 10.0] for line in figure.axes[0].lines)
+
+
+def test_a_sweep_of_throughput(repository):
+    """One side for each value; the figure shows the rates against the values."""
+    import throughput
+
+    words = ["--alone", "--variants", "script=script", "--sweep", "num_envs", 1, 16]
+    words = ["benchmarks/throughput.py", *words, "--repeats", 1, "--seconds", 1, "--warm-up", 1]
+    done = run(repository, *words, "--record", "record")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((repository / "record" / "results.json").read_text())
+    sides = [f"CleanQ script=script num_envs={n}" for n in (1, 16)]
+    assert list(results["steps_per_second"]) == sides
+    figure = throughput.draw_results(results)
+    (line,) = [x for x in figure.axes[0].lines if x.get_label() == "CleanQ script=script"]
+    assert list(line.get_xdata()) == [1, 16]
+    assert list(line.get_ydata()) == [pytest.approx(500)] * 2
+    done = run(repository, *words[:4], "--sweep", "num_envs", 1)
+    assert done.returncode != 0 and "--sweep needs an argument" in done.stderr
 
 
 def test_throughput_without_a_rate_writes_no_record(repository):

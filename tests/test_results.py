@@ -152,6 +152,22 @@ def test_a_table_of_throughput(project):
     assert names == ["| " + ours, "| " + theirs]
 
 
+def test_a_table_of_throughput_on_atari(project):
+    """The scripts' names are those of Atari. 10 of 40 steps/s that the processor allows: 25%."""
+    record = {"steps_per_second": {"CleanQ num_envs=8": [10.0], "CleanRL": [4.0]}}
+    record |= {"flops_per_step": {"CleanQ num_envs=8": 2e6}, "matrix_flops": 8e7}
+    env_id = "BreakoutNoFrameskip-v4"
+    record["task"] = {"env_id": env_id, "batch_size": 32, "train_frequency": 4}
+    write_record(project, "speed", record)
+    page = project / "README.md"
+    page.write_text("<!-- results: throughput speed -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    assert page.read_text().splitlines()[3:-1] == [
+        "| `dqn_atari.py`, 8 environments | 10 (10 to 10) | 2.50 | 25% |",
+        "| CleanRL `dqn_atari.py`, 1 environment | 4 (4 to 4) | 1.00 |  |",
+    ]
+
+
 def test_a_table_of_overestimation(project):
     """Means over the second half of training; the last row is the difference, seed by seed."""
     runs = []
