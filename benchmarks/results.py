@@ -121,8 +121,8 @@ def side_name(side, atari):
 
 
 def throughput_table(records, page):
-    """A row for each side. The ratio is that to the fastest peer of the same algorithm. The roofline,
-    if the record has it, is what the rate of matrix products allows."""
+    """A row for each side. The ratio is that to the fastest peer of the same algorithm.
+    The roofline, if the record has it, is what the rate of matrix products allows."""
     (name,) = records
     record = read_record(name)
     rates = {side: r for side, r in record["steps_per_second"].items() if r}
