@@ -513,7 +513,7 @@ class Features(nn.Sequential):
         super().__init__(*layers)
         self.to(memory_format=torch.channels_last)
         for before, layer in zip(layers, layers[1:]):
-            if isinstance(layer, nn.ReLU):  # a norm's output is a view, slow to change in place
+            if isinstance(layer, nn.ReLU):  # PQN's norm returns a view, slow to change in place
                 layer.inplace = not isinstance(before, nn.LayerNorm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -535,7 +535,7 @@ class Features(nn.Sequential):
 
 
 def scaled(obs: torch.Tensor) -> torch.Tensor:
-    """uint8 frames -> [0, 1], channels-last; those of fastreplay are so already."""
+    """uint8 frames -> float32 in [0, 1], channels-last; fastreplay's frames are that already."""
     raw = obs.dtype == torch.uint8
     return obs.to(torch.float32, memory_format=torch.channels_last) / 255 if raw else obs
 

@@ -9,11 +9,10 @@ A whole table stands between two comments, the first of which names its kind and
     <!-- end of results -->
 
 Kinds: `learning` (records of train.py; RECORD/SCRIPT takes one script of a record), `minatar` (the
-same, one column for each game), `throughput`, `speedrun` and `overestimation` (of those tools). A
-word rows=PATTERN keeps the rows whose name it matches, a regular expression without spaces. In any
-other table, a row that names a
-script and links a record of train.py or tabular.py has its "5 of 5" from that record: how many
-seeds reached the goal.
+same, one column for each game), `throughput`, `speedrun` and `overestimation` (of those tools),
+`growth` (of storage.py). A word rows=PATTERN keeps the rows whose name it matches, a regular
+expression without spaces. In any other table, a row that names a script and links a record of
+train.py or tabular.py has its "5 of 5" from that record: how many seeds reached the goal.
 """
 
 import argparse
@@ -148,6 +147,19 @@ def throughput_table(records, page):
     return lines
 
 
+def growth_table(records, page):
+    """A row for each game of storage.py's growth: the last point, when all frames are stored."""
+    head = ["game", "play", "frames", "bytes a frame", "resident memory, MB", "record"]
+    lines = [table_row(head), table_row(["---", "---", "---:", "---:", "---:", "---"])]
+    for name in records:
+        for game, how, parts in read_record(name)["rows"]:
+            last = parts["growth"]["growth"][-1]
+            cells = [game, how, f"{last['frames']:,}", f"{last['bytes']:.0f}"]
+            cells += [f"{last['resident'] / 1e6:,.0f}", link(name, page)]
+            lines.append(table_row(cells))
+    return lines
+
+
 def speedrun_table(records, page):
     """A row for each speed run: its median, the fastest and the slowest seed."""
     head = ["environment", "goal", "file and flags", "seconds, median (seeds)", "steps, median"]
@@ -181,6 +193,7 @@ TABLES = {
     "learning": learning_table,
     "minatar": minatar_table,
     "throughput": throughput_table,
+    "growth": growth_table,
     "speedrun": speedrun_table,
 }
 

@@ -97,7 +97,7 @@ class Stages:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("script", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--begin", type=int, default=0, help="agent step of the first count")

@@ -20,9 +20,9 @@ QR-DQN, Rainbow, or DQN, with which all other files are compared.
 rate against them.
 
 For each variant, the FLOPs of an agent step are counted once, and before each round of turns the
-rate of float32 matrix products is measured. Their ratio is the roofline: the most steps per second
-that the processor allows. `--profile FOLDER` does not compare: it writes a trace of each variant
-into the folder, for chrome://tracing, and a table of where the time of an agent step goes.
+rate of float32 matrix products is measured. Their ratio is the roofline: about the most steps per
+second that the processor allows. `--profile FOLDER` does not compare: it writes a trace of each
+variant into the folder, for chrome://tracing, and a table of where the time of an agent step goes.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
@@ -495,7 +495,7 @@ def draw_sweep(rates, task, name):
     return draw_curves(curves, f"Speed while learning, {task['env_id']}", note, *labels, log=True)
 
 
-def draw(rates, task, rooflines=()):
+def draw(rates, task, rooflines):
     """Median, lowest and highest rate of each side, and the roofline of the first one of CleanQ."""
     rates = {side: r for side, r in rates.items() if r}
     own = styles([not side.startswith("CleanQ") for side in rates])
@@ -507,10 +507,11 @@ def draw(rates, task, rooflines=()):
     note = f"batch {task['batch_size']}, an update every {task['train_frequency']} steps; "
     note += f"median, lowest and highest of {turns} turn{'s' * (turns > 1)}; grey: peers"
     title, roofline = f"Speed while learning, {task['env_id']}", None
-    top = max(high for _, _, _, high, _ in rows)
-    if rooflines and (first := next(iter(rooflines.items())))[1] < 4 * top:
-        roofline = first[1]
-        note += f"; dashed: {roofline:,.0f}, what the rate of matrix products allows {first[0]}"
+    fastest = max(high for _, _, _, high, _ in rows)
+    for side, rate in [*rooflines.items()][:1]:
+        if rate < 4 * fastest:  # else the line would squeeze the rates
+            roofline = rate
+            note += f"; dashed: {rate:,.0f}, what the rate of matrix products allows {side}"
     axis = "agent steps/s, higher is better"
     return draw_intervals(rows, title, note, axis, reference=roofline, xlim=(0, None))
 

@@ -168,7 +168,17 @@ def test_a_table_of_throughput_on_atari(project):
     ]
 
 
-def test_a_table_of_overestimation(project):
+def test_a_table_of_growth(project):
+    """The numbers are those of the last point."""
+    points = [{"frames": 10, "bytes": 99.0, "resident": 1e6}]
+    points += [{"frames": 2_000, "bytes": 48.4, "resident": 4.1e7}]
+    write_record(project, "growth", {"rows": [["Pong", "sticky", {"growth": {"growth": points}}]]})
+    page = project / "README.md"
+    page.write_text("<!-- results: growth growth -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    (row,) = page.read_text().splitlines()[3:-1]
+    assert row.startswith("| Pong | sticky | 2,000 | 48 | 41 | [record](")
+
     """Means over the second half of training; the last row is the difference, seed by seed."""
     runs = []
     for name, bias in (("dqn", 4.0), ("ddqn", 1.0)):
