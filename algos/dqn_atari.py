@@ -267,7 +267,7 @@ class FrameReplay:
         return self.size * self.num_envs
 
     def add(self, frames, actions, rewards, terminations, episode_starts) -> None:
-        """Write one row for each game: arrays of shape (num_envs, ...)."""
+        """Write one row for each game: arrays of shape (num_envs, ...). Action -1: no start."""
         if frames.dtype != np.uint8:
             raise TypeError(f"frames must be uint8, not {frames.dtype}")
         row = self.head
@@ -305,7 +305,7 @@ class FrameReplay:
         for back in range(self.stack - 1):  # walk back to the opening, at most stack - 1 rows
             opened |= self.opens[(row - back) % self.rows, games] & (older >= back)
         whole = opened | (older >= self.stack - 1)
-        return (older >= 0) & whole & self.window(indices)[3]
+        return (older >= 0) & whole & (self.actions[row, games] >= 0) & self.window(indices)[3]
 
     def draw(self, batch_size: int) -> np.ndarray:
         """Uniform over all drawable rows, (B,) int64; only rejected draws are repeated."""

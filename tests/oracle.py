@@ -40,7 +40,7 @@ class OracleReplay:
         def final(i):  # the next row opens an episode
             return i + 1 < end and opens(i + 1)
 
-        if final(t):
+        if final(t) or history[t][1] < 0:  # a negative action: context
             return None
         # every frame of the stack must still be stored, back to the one that opened the episode
         first = t
@@ -84,7 +84,7 @@ class OraclePriorities:
         drawable = dict(self.rows())
         self.drawn |= {(i, drawable[i]) for i in indices.tolist()}
 
-    def update(self, indices, td_errors):
+    def update(self, indices, td_errors, added=False):
         drawable = dict(self.rows())
         for i, td_error in zip(indices.tolist(), td_errors.tolist()):
             leaf = quantise(abs(td_error) + self.epsilon, self.alpha)
@@ -92,7 +92,7 @@ class OraclePriorities:
             if i not in drawable:
                 continue
             row = i, drawable[i]
-            if row[1] < self.reference.rows or row in self.drawn:
+            if added or row[1] < self.reference.rows or row in self.drawn:
                 self.leaves[row] = leaf
 
     def flat(self):

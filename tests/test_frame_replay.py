@@ -86,9 +86,12 @@ def make_cpp(request):
 class Games:
     """Games of random length with NEXT_STEP autoreset: a final observation is a row."""
 
-    def __init__(self, num_envs, rng, ends=0.15, lives=0.1, shape=(2, 2)):
+    def __init__(self, num_envs, rng, ends=0.15, lives=0.1, shape=(2, 2), context=False):
         self.num_envs, self.rng, self.ends, self.lives = num_envs, rng, ends, lives
-        self.shape = shape  # of a frame; its first four bytes are the stamp
+        self.context, self.shape = (
+            context,
+            shape,
+        )  # the shape of a frame; its first four bytes are the stamp
         self.episode, self.t = np.zeros(num_envs, int), np.full(num_envs, -1)
         self.over = np.ones(num_envs, bool)  # the next row opens an episode
         self.final = np.zeros(num_envs, bool)  # the next row is a final observation
@@ -105,7 +108,8 @@ class Games:
         frames = np.zeros((self.num_envs, np.prod(self.shape)), np.uint8)
         frames[:, :4] = stamps + 1
         frames = frames.reshape(-1, *self.shape)
-        actions = self.rng.integers(0, 18, self.num_envs)
+        # A negative action marks context.
+        actions = self.rng.integers(-4 if self.context else 0, 18, self.num_envs)
         rewards = self.rng.normal(size=self.num_envs).astype(np.float32)
         self.over, self.final = final, ends
         return frames, actions, rewards, terminations, opens
@@ -114,7 +118,7 @@ class Games:
 def adversarial(num_envs, rng, shape=(2, 2)):
     """Arguments of one add() with random flags that no environment would produce."""
     frames = rng.integers(0, 256, (num_envs, *shape), dtype=np.uint8)
-    actions = rng.integers(0, 18, num_envs)
+    actions = rng.integers(-4, 18, num_envs)
     rewards = rng.normal(size=num_envs).astype(np.float32)
     return frames, actions, rewards, *(rng.random((2, num_envs)) < 0.3)
 
@@ -200,7 +204,8 @@ def test_any_history_gives_the_batches_of_the_oracle(make_replay, options, rows,
     rng, shape = np.random.default_rng(seed), data.draw(SHAPES)
     n = options["num_envs"]
     pair = Pair(make_replay, rows, options, spare=data.draw(st.integers(0, n - 1)), shape=shape)
-    games = Games(n, rng, ends=data.draw(st.sampled_from([0.05, 0.3])), shape=shape)
+    ends = data.draw(st.sampled_from([0.05, 0.3]))
+    games = Games(n, rng, ends, shape=shape, context=data.draw(st.booleans()))
     for _ in range(data.draw(st.integers(1, 4))):
         for _ in range(data.draw(st.integers(0, 2 * rows + 3))):
             pair.add(*(games.step() if rules else adversarial(n, rng, shape)))
@@ -223,7 +228,7 @@ def test_priorities_follow_the_oracle(make_fast, options, rows, seed, stratified
     per = {"prioritized": True, "per_alpha": alpha, "per_epsilon": 0.25, "stratified": stratified}
     pair = Pair(make_fast, rows, options, seed=seed, **per)
     priorities = OraclePriorities(pair.oracle, alpha, epsilon=0.25)
-    games = Games(n, rng)
+    games = Games(n, rng, context=data.draw(st.booleans()))
     for _ in range(data.draw(st.integers(1, 5))):
         for _ in range(data.draw(st.integers(0, 6))):
             pair.add(*games.step())
@@ -233,6 +238,13 @@ def test_priorities_follow_the_oracle(make_fast, options, rows, seed, stratified
         td_errors = (rng.integers(-8, 9, len(indices)) / 4).astype(np.float32)
         pair.replay.update_priorities(indices, td_errors)
         priorities.update(indices, td_errors)
+        stored = len(pair.replay) // n
+        newest = data.draw(st.integers(0, min(stored, 5)))
+        td_errors = (rng.integers(-8, 9, (n, newest)) / 4).astype(np.float32)
+        pair.replay.set_newest_priorities(td_errors)
+        slots = np.arange(len(pair.oracle.history[0]) - newest, len(pair.oracle.history[0])) % rows
+        indices = np.add.outer(np.arange(n) * rows, slots)
+        priorities.update(indices.ravel(), td_errors.ravel(), added=True)
         leaves = np.array(priorities.flat(), dtype=object)
         state = pair.replay.state_dict()
         mine = np.zeros((n, rows), dtype=object)
@@ -313,6 +325,52 @@ def test_rows_that_replace_no_older_row_take_priorities_undrawn(make_fast):
     replay = steady(make_fast)
     replay.update_priorities(np.arange(9), np.full(9, 7.5))
     assert set(leaves_of(replay)[:9]) == {8 << 20}
+
+
+def test_new_rows_may_get_priorities_of_their_own(make_fast):
+    replay = steady(make_fast, steps=14)
+    drawn = replay.draw(200)
+    for _ in range(3):
+        replay.add(*arguments(n=1).values())
+    newest = leaves_of(replay).index(0)  # the newest row of all is not drawable
+    replay.set_newest_priorities(np.array([[1.5, 2.5, 3.5]]))
+    row = (newest - np.arange(2, -1, -1)) % 10
+    assert [leaves_of(replay)[i] >> 20 for i in row] == [2, 3, 0]
+    replay.update_priorities(drawn, np.full(200, 7.5))  # those of the rows that were overwritten
+    assert [leaves_of(replay)[i] >> 20 for i in row] == [2, 3, 0]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 11), (3,)])
+def test_priorities_of_rows_that_are_not_stored(make_fast, shape):
+    replay = steady(make_fast)
+    with pytest.raises(ValueError, match="td_error must have shape"):
+        replay.set_newest_priorities(np.ones(shape))
+
+
+def test_pieces_of_games_follow_each_other(make_replay):
+    """A long game, stored in pieces in another order, gives the transitions of the whole game."""
+    stack, n_step, length, steps = 4, 3, 5, 60
+    rng, options = np.random.default_rng(3), {"num_envs": 1, "stack": stack, "n_step": n_step}
+    games = Games(1, rng, ends=0.05)
+    rows = [games.step() for _ in range(steps)]
+    whole, pieces = make_replay(200, (2, 2), **options), make_replay(200, (2, 2), **options)
+    for row in rows:
+        whole.add(*row)
+    starts = {}  # row of `pieces` -> row of `whole`
+    for first in rng.permutation(np.arange(stack - 1, steps - n_step - length, length)):
+        for t in range(first - stack + 1, first + length + n_step):
+            frames, actions, rewards, terminations, opens = rows[t]
+            if first <= t < first + length:
+                starts[len(pieces)] = t
+            else:
+                actions = np.array([-1])
+            pieces.add(frames, actions, rewards, terminations, opens | (t == first - stack + 1))
+    mine = np.flatnonzero(np.asarray(pieces.drawable(np.arange(200))))
+    theirs = np.asarray(whole.drawable(np.arange(200)))
+    assert mine.tolist() == [row for row, t in starts.items() if theirs[t]]
+    found, expected = pieces.gather(mine), whole.gather(np.array([starts[i] for i in mine]))
+    for name in ("obs", "actions", "rewards", "next_obs", "discounts"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_a_state_includes_which_rows_were_drawn(make_fast):

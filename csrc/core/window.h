@@ -10,6 +10,10 @@
 // step terminated the episode, and whether the frame opened an episode. The row before one that
 // opens an episode is final: it is the last observation of its episode, and its action and reward
 // are ignored (NEXT_STEP autoreset produces this row). Step 10 above is final.
+//
+// A row with a negative action is context: it is part of stacks and of n-step returns, but starts
+// no transition. So pieces of several games can be stored one after the other: each opens like an
+// episode, and the rows that complete its first stacks and its last windows are context.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +29,13 @@ enum RowFlag : uint8_t {
   // With priorities: the row has replaced an older one and has not been drawn since. A priority
   // that arrives now belongs to the older row.
   kUndrawn = 8,
+  kContext = 16,  // the action of this row is negative
 };
 
-// Whether an update may set the priority of a row with these flags.
-FR_HOST_DEVICE inline bool takes_priority(uint8_t flags) {
-  return (flags & (kDrawable | kUndrawn)) == kDrawable;
+// Whether an update may set the priority of a row with these flags. `added`: the priorities belong
+// to the rows that are stored now, also to those that have not been drawn.
+FR_HOST_DEVICE inline bool takes_priority(uint8_t flags, bool added) {
+  return (flags & (kDrawable | (added ? 0 : kUndrawn))) == kDrawable;
 }
 
 // A uniform draw tries this many random rows. If none is drawable, it counts the drawable ones.
@@ -82,7 +88,8 @@ FR_HOST_DEVICE inline int stack_depth(const Ring& ring, int64_t slot, int stack)
 
 // Whether a stored row may start a transition.
 FR_HOST_DEVICE inline bool drawable(const Ring& ring, int64_t slot, int stack, int n_step) {
-  return walk_window(ring, slot, n_step).steps > 0 && stack_depth(ring, slot, stack) >= 0;
+  return !(ring.flags[slot] & kContext) && walk_window(ring, slot, n_step).steps > 0 &&
+         stack_depth(ring, slot, stack) >= 0;
 }
 
 }  // namespace fastreplay

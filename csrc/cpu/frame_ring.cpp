@@ -93,7 +93,8 @@ void FrameRing::add(const uint8_t* frames, int64_t frame_stride, const int32_t* 
     // Nothing precedes the first row, so it always opens an episode.
     memory_.flags[index] = static_cast<uint8_t>((terminations[game] ? kTerminated : 0) |
                                                 (first || episode_starts[game] ? kOpens : 0) |
-                                                (full && tree_ != nullptr ? kUndrawn : 0));
+                                                (full && tree_ != nullptr ? kUndrawn : 0) |
+                                                (actions[game] < 0 ? kContext : 0));
   }
   head_ = slot + 1 == layout_.rows ? 0 : slot + 1;
   if (!full) ++stored_;
@@ -275,12 +276,12 @@ void FrameRing::mark_drawn(const int64_t* indices, int64_t n) {
   }
 }
 
-void FrameRing::update(const int64_t* indices, const uint32_t* leaves, int64_t n) {
+void FrameRing::update(const int64_t* indices, const uint32_t* leaves, int64_t n, bool added) {
   changed_.clear();
   changed_leaves_.clear();
   for (int64_t i = 0; i < n; ++i) {
     max_leaf_ = std::max(max_leaf_, leaves[i]);
-    if (!takes_priority(memory_.flags[indices[i]])) continue;
+    if (!takes_priority(memory_.flags[indices[i]], added)) continue;
     changed_.push_back(indices[i]);
     changed_leaves_.push_back(leaves[i]);
   }

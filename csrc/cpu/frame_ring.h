@@ -71,7 +71,7 @@ class FrameRing {
 
   // Sets the leaves of those rows that take priorities (window.h). max_leaf() includes the leaves
   // of the skipped rows, too.
-  void update(const int64_t* indices, const uint32_t* leaves, int64_t n);
+  void update(const int64_t* indices, const uint32_t* leaves, int64_t n, bool added);
 
   // Called after the caller has filled the memory: frames, actions, rewards, flags (including
   // kDrawable) and leaves. Rebuilds the tree.

@@ -101,7 +101,8 @@ __global__ void add_kernel(const __grid_constant__ DeviceRing ring,
       ring.memory.flags[index] =
           static_cast<uint8_t>((row.terminations[game] ? kTerminated : 0) |
                                (stored == 0 || row.episode_starts[game] ? kOpens : 0) |
-                               (full && tree.nodes != nullptr ? kUndrawn : 0));
+                               (full && tree.nodes != nullptr ? kUndrawn : 0) |
+                               (action < 0 ? kContext : 0));
     }
     __syncwarp();
     const Ring now{ring.memory.flags + game * rows, rows, new_stored, new_head};

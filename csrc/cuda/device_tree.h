@@ -60,6 +60,7 @@ struct Priorities {
   // p = value.
   bool errors;
   double epsilon;
+  bool added;  // see takes_priority()
   const uint8_t* flags;
 };
 

@@ -144,7 +144,7 @@ __global__ void set_kernel(DeviceTree tree, Counters* counters, Priorities p) {
   if (p.errors) value = (value < 0.0 ? -value : value) + p.epsilon;
   const uint32_t leaf = quantise(value, p.alpha);
   if (p.errors) atomicMax(&counters->max_leaf, leaf);
-  if (p.errors && !takes_priority(p.flags[p.indices[i]])) return;
+  if (p.errors && !takes_priority(p.flags[p.indices[i]], p.added)) return;
   for (int64_t j = i + 1; j < p.n; ++j) {
     if (p.indices[j] == p.indices[i]) return;  // the last pair for a row writes it
   }
@@ -192,6 +192,7 @@ __global__ void add_rows_kernel(DeviceRing ring, DeviceTree tree, Row row) {
   if (row.terminations[game]) flags[slot] |= kTerminated;
   if (row.episode_starts[game] || stored == 0) flags[slot] |= kOpens;
   if (full && tree.nodes != nullptr) flags[slot] |= kUndrawn;
+  if (action < 0) flags[slot] |= kContext;
 
   const Ring now{flags, rows, full ? rows : stored + 1, slot + 1 == rows ? 0 : slot + 1};
   int64_t earlier = slot;  // rows whose window the new row may have completed

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (p.errors) value = (value < 0.0 ? -value : value) + p.epsilon;
     const uint32_t leaf = quantise(value, p.alpha);
     if (p.errors && leaf > max_leaf) atomicMax(&counters->max_leaf, leaf);
-    if (!takes_priority(flags)) continue;
+    if (!takes_priority(flags, p.added)) continue;
     const Word stamped = static_cast<Word>(i + 1) << 32 | leaf;
     const Word before = atomicMax(&tree.nodes[index], stamped);
     if (before < stamped) add_difference(tree, index, static_cast<uint32_t>(before), leaf);

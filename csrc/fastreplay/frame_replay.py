@@ -18,7 +18,7 @@ from fastreplay._device import Backend, tiles_problem
 from fastreplay._state import check_equal, check_integers, check_keys, check_tensor
 from fastreplay.sum_tree import SumTree
 
-DRAWABLE, ALL_FLAGS = 4, 15  # RowFlag of csrc/core/window.h: kDrawable, and all of them
+DRAWABLE, ALL_FLAGS = 4, 31  # RowFlag of csrc/core/window.h: kDrawable, and all of them
 MAX_TILED_FRAME = 2**18  # bytes
 TILE_BYTES = 28  # kTileBytes of csrc/core/tiles.h
 UNIFORM = "this replay is uniform: construct it with prioritized=True"
@@ -288,13 +288,20 @@ class FrameReplay:
         Args:
             frames: (num_envs, *frame_shape) frame_dtype, the newest frame seen before acting. Each
                 frame must be contiguous, but there may be gaps between frames, as in `obs[:, -1]`.
-            actions: (num_envs,) int64 or int32.
+            actions: (num_envs,) int64 or int32; a negative one marks context (below).
             rewards: (num_envs,) floats or integers, received for the action.
             terminations: (num_envs,) bool, the action ended the episode (or the life).
             episode_starts: (num_envs,) bool, the frame opened an episode.
 
         The row before one that opens an episode is a final observation. Its action, reward and
-        termination are ignored. Raises TypeError (dtype) or ValueError (shape, stride, device, an
+        termination are ignored.
+
+        A row whose action is negative is context: it is part of stacks and returns, but it is never
+        drawn. So games need not be stored from beginning to end: any piece of one can follow any
+        other, if its first row opens an episode, the `stack` - 1 rows before its first transition
+        are context, and so are the `n_step` rows after its last one.
+
+        Raises TypeError (dtype) or ValueError (shape, stride, device, an
         action that does not fit 32 bits); in both cases nothing is stored.
         """
         self._ring.add(frames, actions, rewards, terminations, episode_starts)
@@ -359,6 +366,33 @@ class FrameReplay:
             raise RuntimeError(UNIFORM)
         self._ring.update(indices, td_error, self.per_alpha, self.per_epsilon)
 
+    def set_newest_priorities(self, td_error) -> None:
+        """Sets the priorities of the newest n rows of each game, from a first estimate.
+
+        Args:
+            td_error: (num_envs, n) float32 or float64, finite, of the oldest row first.
+
+        Without this call, new rows have the largest priority so far. Rows that are not drawable are
+        skipped. Raises ValueError (shape, NaN, infinity, more than the stored rows) or TypeError
+        (dtype) without changing anything; RuntimeError if the replay is not prioritized. Source:
+        Ape-X (Horgan et al., 2018; arXiv:1803.00933), whose actors compute these priorities.
+        """
+        if self._tree is None:
+            raise RuntimeError(UNIFORM)
+        errors, stored = torch.as_tensor(td_error), self._ring.stored
+        n = errors.shape[1] if errors.ndim == 2 else -1
+        if errors.ndim != 2 or len(errors) != self.num_envs or n > stored:
+            raise ValueError(
+                f"td_error must have shape ({self.num_envs}, n), with n at most {stored}, the rows "
+                f"that each game has stored, not {tuple(errors.shape)}"
+            )
+        slots = (self._ring.head - n + torch.arange(n)) % self.rows
+        indices = (torch.arange(self.num_envs)[:, None] * self.rows + slots).flatten()
+        errors = errors.flatten()
+        self._ring.update(
+            indices.to(errors.device), errors, self.per_alpha, self.per_epsilon, added=True
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a replay needs to continue: its rows, priorities, seed and draw counter.
 
@@ -404,7 +438,7 @@ class FrameReplay:
         for game in range(self.num_envs):
             flags[game, :stored] = state["flags"][game]
         if (flags > ALL_FLAGS).any():
-            raise ValueError("the state is damaged: flags must be from 0 to 15")
+            raise ValueError("the state is damaged: flags must be from 0 to 31")
         n_drawable = _cpu.mark_drawable(flags, stored, head, self.stack or 1, self.n_step)
         if self._tree is not None:
             for game, leaves in enumerate(state["leaves"]):

@@ -94,7 +94,7 @@ py::class_<CheckedRing<Backend>> bind_ring(py::module_& m) {
            "Fills `batch`, a tuple of seven arrays. With indices None, draws its rows first.")
       .def("drawable", &Ring::drawable, py::arg("indices"))
       .def("update", &Ring::update, py::arg("indices"), py::arg("td_error"), py::arg("alpha"),
-           py::arg("epsilon"))
+           py::arg("epsilon"), py::arg("added") = false)
       .def(
           "restore",
           [](Ring& r, int64_t stored, int64_t head, int64_t n_drawable, uint32_t max_leaf,

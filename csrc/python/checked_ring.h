@@ -8,7 +8,7 @@
 //   sample(job, beta)                all pointers are on the device
 //   copy_indices(indices, to, out)   `to` is the memory of `out`
 //   drawable(indices, out)
-//   update(pairs, alpha, epsilon)    on the CPU or on the device
+//   update(pairs, alpha, epsilon, added)   on the CPU or on the device
 //   set_beta(beta), restore(state), state(), stored(), check()
 // and, if frames are in tiles, tile_state(), restore_tiles(...), tile_counts() and check_tiles().
 #pragma once
@@ -126,8 +126,10 @@ class CheckedRing {
     return out;
   }
 
-  void update(const py::object& indices, const py::object& td_error, double alpha, double epsilon) {
-    ring_.update(Pairs(indices, td_error, "td_error", true, size(), device_), alpha, epsilon);
+  void update(const py::object& indices, const py::object& td_error, double alpha, double epsilon,
+              bool added) {
+    const Pairs pairs(indices, td_error, "td_error", true, size(), device_);
+    ring_.update(pairs, alpha, epsilon, added);
   }
 
   double beta() const { return beta_; }

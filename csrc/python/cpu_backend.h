@@ -187,7 +187,7 @@ class CpuRing {
     for (int64_t i = 0; i < rows.n; ++i) out[i] = ring_.is_drawable(rows.data[i]);
   }
 
-  void update(const Pairs& pairs, double alpha, double epsilon) {
+  void update(const Pairs& pairs, double alpha, double epsilon, bool added) {
     const Lock lock(mutex_);
     const int64_t n = pairs.indices.n;
     priorities_.resize(static_cast<size_t>(n));
@@ -196,7 +196,7 @@ class CpuRing {
       priorities_[static_cast<size_t>(i)] = std::abs(pairs.cpu_values[i]) + epsilon;
     }
     quantise_many(priorities_.data(), n, alpha, leaves_.data());
-    ring_.update(pairs.indices.data, leaves_.data(), n);
+    ring_.update(pairs.indices.data, leaves_.data(), n, added);
   }
 
   // Called after the caller has filled the memory, including flag kDrawable.

@@ -370,11 +370,12 @@ class CudaRing {
         [&](cudaStream_t stream) { launch_drawable(ring_, rows.data, rows.n, out, stream); });
   }
 
-  void update(const Pairs& pairs, double alpha, double epsilon) {
+  void update(const Pairs& pairs, double alpha, double epsilon, bool added) {
     Priorities p{};
     p.alpha = alpha;
     p.errors = true;
     p.epsilon = epsilon;
+    p.added = added;
     p.flags = ring_.memory.flags;
     state_->set(tree_, pairs, p, *owner_->staging);
   }
