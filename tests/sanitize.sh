@@ -3,7 +3,7 @@
 #
 #   tests/sanitize.sh address          AddressSanitizer and UndefinedBehaviorSanitizer, all tests;
 #                                      the CUDA kernels run on the emulation
-#   tests/sanitize.sh address quick    the same without tiles on the emulation, which take longest
+#   tests/sanitize.sh address quick    the same without those that take longest, most on the emulation
 #   tests/sanitize.sh thread           ThreadSanitizer, the tests that use threads
 #
 # The environment variable PYTHON names the interpreter (default: python).
@@ -23,6 +23,8 @@ case $kind in
     select="not importing and not without_a_gpu and not memory_runs_out"
     if [ "${2:-}" = quick ]; then
       select="$select and not emulated-tiles and (not test_tiles or not cuda)"
+      slow="scaled_outputs or compute_sanitizer or bit_identical or any_sequence"
+      select="$select and not (emulated and ($slow))"
     fi
     ;;
   thread)
