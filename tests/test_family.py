@@ -78,6 +78,11 @@ OF_RAINBOW_ATARI = {
 }
 TAKEN_BY_BTR = {"quantile_huber_loss": "iqn_atari", "tau_log_pi": "munchausen_dqn_atari"}
 OF_BTR = {"Args", "Residual", "QNetwork", *TAKEN_BY_BTR, "td_loss", "main"}
+OF_APEX = {
+    *("Args", "Block", "td_loss", "epsilon_at", "Actor", "main"),
+    *("import socket", "try: import ray", "RunArgs", "FIXED_WITH_REPLAY"),
+    *("PrioritizedFrameReplay", "start_ray", "Actors", "SumTree", "make_replay"),
+}
 OF_REPLAY_ATARI = ("BYTES_PER_ROW", "FrameReplay", "make_replay", "cuda_problem", "memory_warning")
 OF_PQN_ATARI = {
     *("Args", "Batch", "Rollout", "ChannelNorm", "QNetwork", "lambda_returns", "td_loss", "main"),
@@ -145,6 +150,15 @@ FAMILY = {
     "dueling_ddqn_atari": Member("ddqn_atari", {"Args", "QNetwork"}, 20, ATARI),
     "per_ddqn_atari": Member(
         "ddqn_atari", OF_PER_ATARI, 138, 1264, 223, {"SumTree": "per_dqn_cartpole"}
+    ),
+    # Above the line are the halves of two processes: what an actor does, and what the learner does.
+    "apex_dqn_atari": Member(
+        "dueling_ddqn_atari",
+        OF_APEX,
+        440,
+        1435,
+        263,
+        dict.fromkeys(("td_loss", "SumTree", "make_replay"), "per_ddqn_atari"),
     ),
     "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 277, 1360, 245, TAKEN_BY_RAINBOW_ATARI),
     # Seven methods of other files are above the line; what Rainbow has below it, this has, too.
