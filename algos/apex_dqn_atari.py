@@ -14,6 +14,7 @@ Deviations from the paper (its value in parentheses):
 1. A learner waits for the actors, or they for it, so that there is one update in --train-frequency
    agent steps (both run freely: about one in 660, from its 12,500 steps and 19 updates a second).
 2. An actor plays 8 games with 8 epsilons, batched (one game). One actor for each core (360 actors).
+   The actors get theta every 2,000 agent steps of all (every 400 frames of their own).
 3. The replay is a ring of rows (2M, trimmed every 100 updates); a tenth complete the stacks and
    returns of others. Adam (RMSProp, 6.25e-5, epsilon 1.5e-7).
 4. 10M agent steps of 4 frames; games end as in ddqn_atari.py (50,000 frames).
@@ -55,7 +56,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     epsilon: float = 0.4  # of the game that explores most
     epsilon_alpha: float = 7.0  # that of the last game is epsilon^(1 + epsilon_alpha)
     steps_per_block: int = 50  # agent steps of each game that an actor sends at once
-    broadcast_frequency: int = 10_000  # agent steps between two copies of theta to the actors
+    broadcast_frequency: int = 2_000  # agent steps between two copies of theta to the actors
     per_alpha: float = 0.6  # 0 draws uniformly, 1 in proportion to the TD error
     per_beta: float = 0.4  # exponent of the weights
 

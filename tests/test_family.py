@@ -157,7 +157,7 @@ FAMILY = {
         OF_APEX,
         440,
         1435,
-        263,
+        264,
         dict.fromkeys(("td_loss", "SumTree", "make_replay"), "per_ddqn_atari"),
     ),
     "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 277, 1360, 245, TAKEN_BY_RAINBOW_ATARI),
