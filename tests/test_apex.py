@@ -187,22 +187,38 @@ def with_ray(script):
     ray.cloudpickle.unregister_pickle_by_value(script)
 
 
-def test_a_killed_actor_is_replaced_and_no_block_is_lost(with_ray):
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_actors_are_replaced_and_no_block_is_lost(with_ray, kills):
+    """Every block is stored, also those of actors that were killed at random moments later."""
     script = with_ray
-    args = script.RunArgs(**(OPTIONS | {"num_actors": 2}))
-    network = script.QNetwork(6)
+    args = script.RunArgs(**(OPTIONS | {"num_actors": 2, "buffer_size": 100_000}), buffer="numpy")
+    rng, network = np.random.default_rng(7), script.QNetwork(6)
+    replay = script.make_replay(args, torch.device("cpu"), prioritized=True, n_step=args.n_step)
     actors = script.Actors(args, network)
-    seen, deadline = [], time.monotonic() + 120
-    while len({process for process, _ in seen}) < 4 or len(seen) < 14:
-        assert time.monotonic() < deadline, "an actor was not replaced"
+    seen, starts, killed = [], 0, set()
+    deadline = time.monotonic() + 120 + 30 * kills
+    # Until two processes are left that nobody killed, and have sent something since.
+    while len({x for x, _ in seen}) < kills + 2:
+        assert time.monotonic() < deadline, f"{len(killed)} killed: an actor was not replaced"
         block = actors.recv()
         seen.append(block.number)
-        if len(seen) in (4, 9):
-            os.kill(process_of(block), signal.SIGKILL)
-    for process in {process for process, _ in seen}:  # each one's blocks
-        numbers = sorted(number for p, number in seen if p == process)
+        for row in zip(*block[:5]):
+            replay.add(*row)
+        replay.set_newest_priorities(np.ascontiguousarray(block.td_error.T))
+        final = np.r_[block.episode_starts[1:], [[False] * args.num_envs]]
+        starts += ((block.actions >= 0) & ~final).sum()
+        victim = process_of(block)
+        if len(killed) < kills and victim not in killed and rng.random() < 0.3:
+            time.sleep(rng.random() / 5)
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+    assert len(killed) == kills
+    for process in {process for process, _ in seen}:
+        numbers = sorted(number for x, number in seen if x == process)
         assert numbers == list(range(1, len(numbers) + 1)), "a block was lost"
     assert len(actors.requests) == 4  # two of each actor
+    assert len(replay) == len(seen) * 16 * args.num_envs
+    assert (replay.tree.get(np.arange(args.buffer_size)) > 0).sum() == starts
 
 
 def test_actors_on_a_cluster_of_two_nodes(with_ray):
