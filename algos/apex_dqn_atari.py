@@ -11,13 +11,14 @@ Parent: dueling_ddqn_atari.py. What changes: Actor, its Block, and the loop; n-s
 prioritized replay of per_ddqn_atari.py; the paper's settings. Below the line: the calls to Ray.
 
 Deviations from the paper (its value in parentheses):
-1. A learner waits for the actors, or they for it, so that there is one update in --train-frequency
-   agent steps (both run freely: about one in 660, from its 12,500 steps and 19 updates a second).
+1. The learner waits for the actors, or they for it: one update in --train-frequency agent steps
+   (both run freely: about one in 660, from its 12,500 steps and 19 updates a second).
 2. An actor plays 8 games with 8 epsilons, batched (one game). One actor for each core (360 actors).
    The actors get theta every 2,000 agent steps of all (every 400 frames of their own).
 3. The replay is a ring of rows (2M, trimmed every 100 updates); a tenth complete the stacks and
    returns of others. Adam (RMSProp, 6.25e-5, epsilon 1.5e-7).
-4. 10M agent steps of 4 frames; games end as in ddqn_atari.py (50,000 frames).
+4. The Huber loss (half the squared error), unless --loss mse. 10M agent steps of 4 frames; games
+   end as in ddqn_atari.py (50,000 frames). Weights w_i as in per_ddqn_atari.py.
 
 Run: pip install 'ray>=2.9' && python algos/apex_dqn_atari.py --env-id PongNoFrameskip-v4
 On a cluster: ray start --head; then --ray-address auto --num-actors 64
@@ -517,13 +518,13 @@ class PrioritizedFrameReplay:
 
     def set_newest_priorities(self, td_error: np.ndarray) -> None:
         """The same for the newest n rows of each game, (num_envs, n), except those never drawn."""
-        row = (
-            self.replay.head - td_error.shape[1] + np.arange(td_error.shape[1])
-        ) % self.replay.rows
-        rows = np.add.outer(np.arange(self.replay.num_envs) * self.replay.rows, row)
-        drawable = self.replay.drawable(rows.ravel())
-        error = torch.from_numpy(td_error.ravel()[drawable])
-        self.update_priorities(torch.from_numpy(rows.ravel()[drawable]), error)
+        replay, n = self.replay, td_error.shape[1]
+        row = (replay.head - n + np.arange(n)) % replay.rows
+        rows = np.add.outer(np.arange(replay.num_envs) * replay.rows, row).ravel()
+        drawable = replay.drawable(rows)
+        if drawable.any():
+            error = torch.from_numpy(td_error.ravel()[drawable])
+            self.update_priorities(torch.from_numpy(rows[drawable]), error)
 
     def state_dict(self) -> dict:
         own = {"max_priority": self.max_priority, **self.tree.state_dict()}

@@ -88,10 +88,8 @@ class Games:
 
     def __init__(self, num_envs, rng, ends=0.15, lives=0.1, shape=(2, 2), context=False):
         self.num_envs, self.rng, self.ends, self.lives = num_envs, rng, ends, lives
-        self.context, self.shape = (
-            context,
-            shape,
-        )  # the shape of a frame; its first four bytes are the stamp
+        self.shape = shape  # of a frame; its first four bytes are the stamp
+        self.context = context  # some actions are negative
         self.episode, self.t = np.zeros(num_envs, int), np.full(num_envs, -1)
         self.over = np.ones(num_envs, bool)  # the next row opens an episode
         self.final = np.zeros(num_envs, bool)  # the next row is a final observation
@@ -108,7 +106,6 @@ class Games:
         frames = np.zeros((self.num_envs, np.prod(self.shape)), np.uint8)
         frames[:, :4] = stamps + 1
         frames = frames.reshape(-1, *self.shape)
-        # A negative action marks context.
         actions = self.rng.integers(-4 if self.context else 0, 18, self.num_envs)
         rewards = self.rng.normal(size=self.num_envs).astype(np.float32)
         self.over, self.final = final, ends
