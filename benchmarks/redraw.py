@@ -12,6 +12,7 @@ from pathlib import Path
 
 import buffers
 import plot
+import scale
 import tabular
 import throughput
 import train
@@ -34,6 +35,8 @@ def figures_of(folder):
         return {"rates": throughput.draw_results(results)}
     if "bias" in results:
         return {"bias": tabular.draw(results["bias"]["left"], results["bias"]["runs"])}
+    if "steps a broadcast" in results:
+        return {"scale": scale.draw(results)}
     rows = results.get("rows", {})
     if "limit" in rows:  # its name in records of 2026-11-22
         rows["plain-copy"] = rows.pop("limit")

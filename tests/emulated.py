@@ -6,6 +6,7 @@ python tests/emulated.py FOLDER    compiles csrc/cuda for the CPU (tests/cuda_em
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -45,19 +46,20 @@ def build(folder):
     for file in sorted({*SOURCES, *headers}):
         digest.update(file.read_bytes())
     module = Path(folder) / digest.hexdigest()[:16] / "_cuda.so"
-    if module.exists():
-        return module
-    with tempfile.TemporaryDirectory() as objects:
+    module.parent.mkdir(parents=True, exist_ok=True)
+    with open(module.parent / "lock", "w") as lock, tempfile.TemporaryDirectory() as objects:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
+        if module.exists():
+            return module
         jobs = []
         for source in SOURCES:
             jobs.append(Path(objects) / f"{source.name}.o")
             command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(jobs[-1])]
             subprocess.run(command, check=True)
-        module.parent.mkdir(parents=True, exist_ok=True)
         linked = Path(objects) / "_cuda.so"
         subprocess.run([compiler, "-shared", *map(str, jobs), *link, "-o", str(linked)], check=True)
-        shutil.copy(linked, module.parent / f".{os.getpid()}")
-        os.replace(module.parent / f".{os.getpid()}", module)
+        shutil.copy(linked, module.parent / "incomplete")
+        os.replace(module.parent / "incomplete", module)
     return module
 
 
