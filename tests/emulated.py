@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -51,13 +52,17 @@ def build(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, the others wait for it
         if module.exists():
             return module
-        jobs = []
-        for source in SOURCES:
-            jobs.append(Path(objects) / f"{source.name}.o")
-            command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(jobs[-1])]
+
+        def compiled(source):
+            file = f"{objects}/{source.name}.o"
+            command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", file]
             subprocess.run(command, check=True)
+            return file
+
+        with ThreadPoolExecutor(os.cpu_count()) as jobs:
+            files = [*jobs.map(compiled, SOURCES)]
         linked = Path(objects) / "_cuda.so"
-        subprocess.run([compiler, "-shared", *map(str, jobs), *link, "-o", str(linked)], check=True)
+        subprocess.run([compiler, "-shared", *files, *link, "-o", str(linked)], check=True)
         shutil.copy(linked, module.parent / "incomplete")
         os.replace(module.parent / "incomplete", module)
     return module

@@ -24,7 +24,7 @@ case $kind in
     if [ "${2:-}" = quick ]; then
       select="$select and not emulated-tiles and (not test_tiles or not cuda)"
       slow="scaled_outputs or compute_sanitizer or bit_identical or any_sequence"
-      select="$select and not (emulated and ($slow))"
+      select="$select and not (emulated and ($slow)) and not (scaled_outputs and shape2)"
     fi
     ;;
   thread)

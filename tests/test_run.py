@@ -134,10 +134,11 @@ def resume_cases():
     yield CARTPOLE[0], {"num_envs": 1}
     yield from ((name, {"num_envs": 3}) for name in VECTORS)
     for buffer in ("numpy", "auto"):
-        yield from ((ATARI[0], {"num_envs": n, "buffer": buffer}) for n in (1, 3))
+        options = {"buffer": buffer, "eval_episodes": 0}
+        yield from ((ATARI[0], options | {"num_envs": n}) for n in (1, 3))
     for name in FRAMES:
         if name not in ATARI:
-            options = {"batch_size": 4, "eval_episodes": 0}
+            options = {"batch_size": 4, "num_minibatches": 4, "eval_episodes": 0}
             yield name, {k: x for k, x in options.items() if hasattr(load(name).RunArgs, k)}
     yield "per_ddqn_atari", {"batch_size": 4, "eval_episodes": 0, "buffer": "numpy"}
 
@@ -495,6 +496,8 @@ def test_every_evaluation_is_filmed(name, in_tmp, monkeypatch, capsys):
     script = load(name)
     options = small(name) | {"capture_video": True, "total_timesteps": 1600, "eval_episodes": 1}
     options |= {"eval_frequency": 800, "learning_starts": 700, "eval_e": 1.0}
+    if name == "dqn_atari":
+        options["eval_max_frames"] = 600
     main_in_process(script, options, monkeypatch)
     folder = checkpoint_of(in_tmp).parent / "videos"
     assert sorted(film.name for film in folder.iterdir()) == ["step-1600.mp4", "step-800.mp4"]
