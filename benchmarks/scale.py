@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from figures import Curve, draw_curves, save
+from films import load
 from machine import ROOT, clean_commit, write_record
 from train import events_of, table_row
 
@@ -37,17 +38,14 @@ FILE = ROOT / "algos" / "apex_dqn_atari.py"
 
 
 def load_apex():
-    """algos/apex_dqn_atari.py as a module, here and in the processes that Ray starts."""
-    folder = os.fspath(FILE.parent)
-    sys.path.insert(0, folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
-    import apex_dqn_atari
-
-    if apex_dqn_atari.ray is None:
+    """algos/apex_dqn_atari.py as a module, which Ray sends to its processes whole."""
+    apex = load(FILE.stem)
+    if apex.ray is None:
         sys.exit("error: Ape-X needs Ray: pip install '.[ray]'.")
-    if apex_dqn_atari.fastreplay is None:
+    if apex.fastreplay is None:
         sys.exit("error: fastreplay is not compiled: pip install '.[ray]' with a C++ compiler.")
-    return apex_dqn_atari
+    apex.ray.cloudpickle.register_pickle_by_value(apex)
+    return apex
 
 
 # ---- What this machine does ----------------------------------------------------------------------

@@ -248,7 +248,61 @@ def test_actors_on_a_cluster_of_two_nodes(with_ray):
         cluster.shutdown()
 
 
-def test_a_run_learns_logs_and_resumes(tmp_path):
+class Squares:
+    """Games that show a bright left or right half: action 0 or 1 scores. Ten steps each."""
+
+    n_actions = 2
+
+    def __init__(self, env_id, num_envs, seed, **options):
+        self.num_envs, self.rng = num_envs, np.random.default_rng(seed)
+
+    def reset(self):
+        self.obs = np.zeros((self.num_envs, 4, 84, 84), np.uint8)
+        self.returns, self.t = np.zeros(self.num_envs), 0
+        self.show()
+        return self.obs.copy(), np.ones(self.num_envs, bool)
+
+    def show(self):
+        self.right = self.rng.integers(2, size=self.num_envs)
+        self.obs[:, :-1] = self.obs[:, 1:]
+        self.obs[:, -1] = np.arange(84) // 42 == self.right[:, None, None]
+        self.obs[:, -1] *= 255
+
+    def step(self, actions):
+        n = self.num_envs
+        if self.t == 10:  # the step after the last one resets, whatever the action
+            obs, starts = self.reset()
+            return (
+                obs,
+                np.zeros(n),
+                *np.zeros((2, n), bool),
+                {"episode_starts": starts, "episodes": []},
+            )
+        rewards, self.t = (actions == self.right) * 1.0, self.t + 1
+        self.returns += rewards
+        self.show()
+        over = np.full(n, self.t == 10)
+        episodes = [(i, self.returns[i], 10) for i in range(n) if over[i]]
+        infos = {"episode_starts": np.zeros(n, bool), "episodes": episodes}
+        return self.obs.copy(), rewards, over, np.zeros(n, bool), infos
+
+
+def test_actors_and_learner_solve_a_simple_game_together(with_ray, in_tmp, monkeypatch):
+    """Random play scores 5. Once solved, the game with epsilon 0.4 scores 8, the other one 10."""
+    script = with_ray
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        monkeypatch.setattr(script, "make_envs", Squares)
+        changes = {"total_timesteps": 1200, "learning_starts": 100, "batch_size": 32}
+        changes |= {"train_frequency": 10, "learning_rate": 1e-3, "broadcast_frequency": 40}
+        script.main(script.RunArgs(**(OPTIONS | changes)))
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    returns = [x.value for x in scalars(next(in_tmp.glob("runs/*")))["charts/episodic_return"]]
+    assert np.mean(returns[:20]) < 7 and np.mean(returns[-40:]) > 8.5
+
+
+def test_a_run_logs_and_resumes(tmp_path):
     command = [sys.executable, str(ALGOS / f"{NAME}.py")]
     first = subprocess.run(
         [*command, *flags(OPTIONS), "--checkpoint-replay"],
