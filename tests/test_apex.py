@@ -287,6 +287,7 @@ class Squares:
         return self.obs.copy(), rewards, over, np.zeros(n, bool), infos
 
 
+@pytest.mark.slow
 def test_actors_and_learner_solve_a_simple_game_together(with_ray, in_tmp, monkeypatch):
     """Random play scores 5. Once solved, the game with epsilon 0.4 scores 8, the other one 10."""
     script = with_ray

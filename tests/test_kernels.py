@@ -177,7 +177,7 @@ def test_replays_are_bit_identical(module, seed):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_samples_of_tiles_are_bit_identical(module, seed, source):
     options = configuration(seed * 5 + SOURCES.index(source)) | {"storage": "tiles"}
     n, shape = options["num_envs"], options["frame_shape"]
@@ -215,7 +215,9 @@ def test_few_drawable_rows_are_counted(module):
 
 @pytest.mark.parametrize("capacity", [1, 2, 31, 32, 33, 1023, 1025, 40_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_trees_are_bit_identical(module, capacity, dtype):
+def test_trees_are_bit_identical(module, capacity, dtype, request):
+    if capacity == 40_000 and dtype == torch.float64 and "emulated" in request.node.name:
+        pytest.skip("takes 20 seconds; the smaller trees have this dtype, too")
     both = Both(module, lambda: SumTree(capacity, 0.7, seed=capacity, device="cuda"))
     rng = np.random.default_rng(capacity)
     both.call(lambda t: t.sample(3))  # nothing to draw

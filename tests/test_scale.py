@@ -1,5 +1,6 @@
 """benchmarks/scale.py: the model of many actors, and a short measurement."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,8 @@ def test_spread():
 
 def scale(*words):
     command = [sys.executable, str(ROOT / "benchmarks" / "scale.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,8 @@ def test_bad_arguments(words, message):
 
 
 def test_a_short_measurement():
-    pytest.importorskip("ray")
+    for package in ("ray", "fastreplay._cpu"):
+        pytest.importorskip(package)
     options = ["--repeats", 1, "--seconds", 0.2, "--blocks", 4, "--steps", 4_000]
     done = scale("--actors", 1, *options)
     assert done.returncode == 0, done.stderr
