@@ -31,7 +31,6 @@ from films import load
 from machine import ROOT, clean_commit, write_record
 from train import events_of, table_row
 
-FRAME = 84 * 84  # bytes
 NETWORKS = {"1 Gbit/s": 1.25e8, "10 Gbit/s": 1.25e9, "100 Gbit/s": 1.25e10}  # bytes per second
 PLANNED = (16, 64, 256, 1024)
 FILE = ROOT / "algos" / "apex_dqn_atari.py"
@@ -118,7 +117,7 @@ def make_replay(apex, args, storage, rows):
     options = {"buffer_size": rows, "buffer": args.buffer, "replay_storage": storage}
     apex_args = apex.RunArgs(env_id=args.env_id, **options)
     device = torch.device("cuda" if args.buffer == "cuda" else "cpu")
-    return apex_args, apex.make_replay(apex_args, device, True, n_step=apex_args.n_step)
+    return apex.make_replay(apex_args, device, True, n_step=apex_args.n_step)
 
 
 def store(replay, block):
@@ -128,6 +127,14 @@ def store(replay, block):
     replay.set_newest_priorities(np.ascontiguousarray(block.td_error.T))
 
 
+def finish(args):
+    """Wait for the work that the GPU has been given."""
+    if args.buffer == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def measure_store(apex, args, blocks):
     """Rows per second into a full ring, {storage: [one for each turn]}; the last replays, full."""
     half = len(blocks) // 2
@@ -135,19 +142,21 @@ def measure_store(apex, args, blocks):
     for _ in range(args.repeats):
         for storage in ("plain", "tiles"):
             replays.pop(storage, None)
-            _, replay = make_replay(apex, args, storage, rows)
+            replay = make_replay(apex, args, storage, rows)
             for block in blocks[:half]:  # fills it: memory is taken, the ring is full
                 store(replay, block)
+            finish(args)
             begin = time.perf_counter()
             for block in blocks[half : 2 * half]:
                 store(replay, block)
+            finish(args)
             rates.setdefault(storage, []).append(rows / (time.perf_counter() - begin))
             replays[storage] = replay
     return rates, replays
 
 
 def measure_learn(apex, args, replay):
-    """Updates per second, as in the loop of the file -> rates, and the batch size"""
+    """Updates per second of each turn, as in the loop of the file."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -390,9 +399,11 @@ def parse_args():
 def main():
     args = parse_args()
     commit = clean_commit() if args.record else None
-    apex = load_apex()
     import torch
 
+    if args.buffer == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --buffer cuda needs a CUDA GPU, and torch finds none: use --buffer cpp.")
+    apex = load_apex()
     torch.set_num_threads(1)
     defaults, gpu = apex.RunArgs(), torch.cuda.is_available()
     found = {"env_id": args.env_id, "repeats": args.repeats, "cores": os.cpu_count()}

@@ -272,12 +272,8 @@ class Squares:
         n = self.num_envs
         if self.t == 10:  # the step after the last one resets, whatever the action
             obs, starts = self.reset()
-            return (
-                obs,
-                np.zeros(n),
-                *np.zeros((2, n), bool),
-                {"episode_starts": starts, "episodes": []},
-            )
+            infos = {"episode_starts": starts, "episodes": []}
+            return obs, np.zeros(n), *np.zeros((2, n), bool), infos
         rewards, self.t = (actions == self.right) * 1.0, self.t + 1
         self.returns += rewards
         self.show()
@@ -294,7 +290,7 @@ def test_actors_and_learner_solve_a_simple_game_together(with_ray, in_tmp, monke
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         monkeypatch.setattr(script, "make_envs", Squares)
-        changes = {"total_timesteps": 1200, "learning_starts": 100, "batch_size": 32}
+        changes = {"total_timesteps": 4000, "learning_starts": 100, "batch_size": 32}
         changes |= {"train_frequency": 10, "learning_rate": 1e-3, "broadcast_frequency": 40}
         script.main(script.RunArgs(**(OPTIONS | changes)))
     finally:

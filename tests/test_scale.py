@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -106,6 +107,13 @@ def scale(*words):
 def test_bad_arguments(words, message):
     done = scale(*words)
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so_before_anything_is_measured():
+    done = scale("--buffer", "cuda")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: --buffer cuda needs a CUDA GPU") and "cpp" in done.stderr
 
 
 def test_a_short_measurement():
