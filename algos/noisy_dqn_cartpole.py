@@ -12,8 +12,8 @@ Parent: dqn_cartpole.py. What changes: all linear layers are NoisyLinear; epsilo
 Deviations from the paper: those of dqn_cartpole.py, but for epsilon, and
 1. All environments act with the same noise, drawn at every step (one environment).
 2. Evaluation is without noise: with mu alone.
-3. On vectors sigma_0 is 0.1 (0.5) and epsilon falls from 1 to 0 in the first 4,000 steps (0 from
-   the start): with weak noise and no random action, an untrained network may take one action only.
+3. On vectors sigma_0 is 0.1 (0.5) and epsilon falls from 1 to 0 in the first 10,000 steps (0
+   from the start): with weak noise alone, an untrained network may take one action only.
 
 Run: python algos/noisy_dqn_cartpole.py
 """
@@ -33,13 +33,13 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     env_id: str = "CartPole-v1"  # vectors, or MinAtar/Breakout-v1 and so on; discrete actions
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
-    total_timesteps: int = 200_000  # environment steps, summed over the environments
-    learning_rate: float = 1e-3  # of the optimizer
-    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
+    total_timesteps: int = 500_000  # environment steps, summed over the environments
+    learning_rate: float = 2.5e-4  # of the optimizer
+    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "constant"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
-    buffer_size: int = 200_000  # transitions kept for replay
+    buffer_size: int = 10_000  # transitions kept for replay
     gamma: float = 0.99  # discount factor
     tau: float = 1.0  # theta^- <- tau theta + (1 - tau) theta^-; 1 copies the network
     target_network_frequency: int = 500  # environment steps between refreshes of theta^-
@@ -50,8 +50,8 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     end_e: float = 0.0  # epsilon once it has decayed: then the noise explores
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
     exploration_fraction: float = 0.02  # decay time, as a fraction of total_timesteps
-    learning_starts: int = 2_000  # transitions stored before the first update
-    train_frequency: int = 2  # environment steps per update
+    learning_starts: int = 10_000  # transitions stored before the first update
+    train_frequency: int = 10  # environment steps per update
 
 
 class Batch(NamedTuple):
@@ -231,7 +231,7 @@ class RunArgs(Args):
     wandb_entity: str | None = None  # team on Weights & Biases
     capture_video: bool = False  # film each evaluation (needs `pip install moviepy pygame`)
     log_frequency: int = 1_000  # environment steps between two log entries
-    eval_frequency: int = 20_000  # environment steps between two evaluations; 0: only the last one
+    eval_frequency: int = 25_000  # environment steps between two evaluations; 0: only the last one
     eval_episodes: int = 100  # episodes per evaluation; 0: no evaluation
     eval_e: float = 0.0  # epsilon while evaluating
     eval_max_steps: int = 10_000  # longest evaluated episode if the environment sets no limit
@@ -252,6 +252,7 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
+        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

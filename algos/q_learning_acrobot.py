@@ -195,7 +195,7 @@ class RunArgs(Args):
     wandb_entity: str | None = None  # team on Weights & Biases
     capture_video: bool = False  # film each evaluation (needs `pip install moviepy pygame`)
     log_frequency: int = 1_000  # environment steps between two log entries
-    eval_frequency: int = 20_000  # environment steps between two evaluations; 0: only the last one
+    eval_frequency: int = 25_000  # environment steps between two evaluations; 0: only the last one
     eval_episodes: int = 100  # episodes per evaluation; 0: no evaluation
     eval_e: float = 0.0  # epsilon while evaluating
     eval_max_steps: int = 10_000  # longest evaluated episode if the environment sets no limit
@@ -216,6 +216,7 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
+        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI, TABULAR = 938, 1149, 660
+VECTORS, ATARI, TABULAR = 939, 1149, 660
 OF_ATARI = {
     *(
         "Args",
@@ -114,20 +114,20 @@ OF_PQN = {
 FAMILY = {
     "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
-    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 18, VECTORS, 173),
+    "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 16, VECTORS, 173),
     "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 44, VECTORS + 30, REPLAY_TOP),
     "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
     # More than 170 lines above the line: a layer, a projection, a loss or a target of their own.
     "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 39, VECTORS + 20, 193),
     "c51_cartpole": Member("dqn_cartpole", OF_C51, 80, VECTORS + 45, 201),
     "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 55, VECTORS + 18, 189),
-    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 53, VECTORS + 29, 201),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 48, VECTORS + 28, 200),
     "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 186),
     "rainbow_cartpole": Member(
-        "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 266, 262, TAKEN_BY_RAINBOW
+        "dqn_cartpole", OF_RAINBOW, 330, VECTORS + 266, 262, TAKEN_BY_RAINBOW
     ),
     # Above the line also the exercise: its second reward, in functions, and what --stop-return is.
-    "dqn_acrobot": Member("dqn_cartpole", OF_ACROBOT, 45, VECTORS + 25, TOP + 30),
+    "dqn_acrobot": Member("dqn_cartpole", OF_ACROBOT, 57, VECTORS + 27, TOP + 30),
     "q_learning_acrobot": Member(
         "dqn_acrobot",
         {"Args", "td_loss", "main", "FIXED_WITH_REPLAY", "check_replay_args"},
