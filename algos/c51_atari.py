@@ -157,23 +157,30 @@ def main(args: Args) -> None:
     learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     run.start(learner, replay, envs)  # what a checkpoint holds; --resume loads it here
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
+
+    @accelerated(args)  # one CUDA graph, with --cuda-graphs
+    def update():
+        batch = replay.sample(args.batch_size)
+        loss, _, q_taken, outside = loss_fn(q_network, target_network, batch, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), q_taken, outside
+
+    actor = accelerated(args)(q_network)
     obs, episode_starts = envs.reset()
     loss, q_taken, outside = None, None, None  # until the first update
     for global_step in run.steps():  # 0, num_envs, 2 num_envs, ...; Ctrl-C ends it early
         # ---- 1. act ------------------------------------------------------------------------------
         epsilon = epsilon_at(global_step, args)
-        actions = act(q_network, obs, epsilon, run.rng, run.device)
+        actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
 
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
-                batch = replay.sample(args.batch_size)
-                loss, _, q_taken, outside = loss_fn(q_network, target_network, batch, args)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss, q_taken, outside = update()
             # ---- 4. sync target ------------------------------------------------------------------
             if run.due(args.target_network_frequency):
                 for p_target, p in zip(target_network.parameters(), q_network.parameters()):
@@ -231,6 +238,7 @@ class RunArgs(Args):
     replay_storage: Literal["auto", "plain", "tiles"] = "auto"
     bfloat16: bool = False  # compute the features in bfloat16; weights and optimiser stay float32
     compile: bool = False  # torch.compile the loss (needs a C++ compiler; 30 s at the first update)
+    cuda_graphs: bool = False  # with --buffer cuda: an update, and acting, become one CUDA graph
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
     wandb_project_name: str = "cleanq"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
@@ -569,6 +577,8 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(parameters, rate, eps=args.adam_eps, amsgrad=True, fused=True)
     else:
         optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
+    for group in optimizer.param_groups:
+        group["capturable"] = takes_graphs(args)  # torch asks for it
     if args.max_grad_norm:
 
         def clip(*_) -> None:
@@ -576,6 +586,51 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
 
         optimizer.register_step_pre_hook(clip)
     return optimizer
+
+
+def takes_graphs(args: RunArgs) -> bool:
+    """A graph can draw only from a replay on the GPU."""
+    return args.cuda_graphs and args.buffer == "cuda"
+
+
+def accelerated(args: RunArgs):
+    """A decorator: the function as a CudaGraph, or as it is."""
+    return CudaGraph if takes_graphs(args) else lambda function: function
+
+
+class CudaGraph:
+    """A function on the GPU whose kernels are launched all at once, not one by one.
+
+    After a few ordinary calls one call is recorded: which kernels run, on which memory. Later calls
+    copy their arguments to where the recorded ones were and launch the recording; Python does not
+    run again. So the function must not depend on Python values that change, and a call overwrites
+    the results of the last one.
+    """
+
+    WARM_UP = 3  # ordinary calls: the optimizer makes its state, libraries choose their kernels
+
+    def __init__(self, function):
+        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
+
+    def __getattr__(self, name: str):
+        return getattr(self.function, name)  # q_network.n_actions
+
+    def __call__(self, *inputs: torch.Tensor):
+        self.calls += 1
+        if self.calls <= self.WARM_UP:  # on the stream of the recording, as torch recommends
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == self.WARM_UP + 1:
+            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, and runs nothing
+                self.results = self.function(*self.inputs)
+        for own, new in zip(self.inputs, inputs):
+            own.copy_(new)
+        self.graph.replay()
+        return self.results
 
 
 def make_envs(env_id: str, num_envs: int, seed, **options) -> Games:
@@ -743,6 +798,9 @@ class Run:
             self.open_log()
 
     def load(self, saved: dict) -> None:
+        if self.args.resume:  # the learning rate and so on may have been given again
+            groups = self.learner["optimizer"].state_dict()["param_groups"]
+            saved["optimizer"]["param_groups"] = groups
         for name, part in self.learner.items():
             if saved and (name == "q_network" or self.args.resume):
                 part.load_state_dict(saved[name])
@@ -750,8 +808,6 @@ class Run:
             if "replay" in saved:
                 self.replay.load_state_dict(saved["replay"])
             self.envs.load_state_dict(saved["envs"])
-            for group in self.learner["optimizer"].param_groups:
-                group["lr"] = self.args.learning_rate  # it may have been given again
             self.rng.bit_generator.state = saved["rng"]
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and "cuda_rng" in saved:
@@ -803,6 +859,7 @@ class Run:
         each = BYTES_PER_ROW[args.replay_storage]
         replay = f"{args.buffer} replay, {args.replay_storage}, about {each} bytes a step, "
         replay += f"{args.buffer_size * each / 1e9:.1f} GB"
+        replay += ", CUDA graphs" * takes_graphs(args)
         print(f"{args.exp_name}: {args.env_id}, {replay}, all in {self.folder}", flush=True)
         if args.buffer == "cuda":
             print(self.replay)  # where its frames found room

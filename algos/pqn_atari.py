@@ -609,6 +609,9 @@ class Run:
             self.open_log()
 
     def load(self, saved: dict) -> None:
+        if self.args.resume:  # the learning rate and so on may have been given again
+            groups = self.learner["optimizer"].state_dict()["param_groups"]
+            saved["optimizer"]["param_groups"] = groups
         for name, part in self.learner.items():
             if saved and (name == "q_network" or self.args.resume):
                 part.load_state_dict(saved[name])
@@ -616,8 +619,6 @@ class Run:
             if "replay" in saved:
                 self.replay.load_state_dict(saved["replay"])
             self.envs.load_state_dict(saved["envs"])
-            for group in self.learner["optimizer"].param_groups:
-                group["lr"] = self.args.learning_rate  # it may have been given again
             self.rng.bit_generator.state = saved["rng"]
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and "cuda_rng" in saved:

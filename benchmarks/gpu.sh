@@ -13,7 +13,8 @@
 #     synccheck        barriers
 #     train        a short training of ddqn_atari.py with the replay on the GPU
 #     buffers      fastreplay compared with other replay buffers on the GPU
-#     throughput   agent steps per second of ddqn_atari.py with each replay
+#     throughput   agent steps per second of ddqn_atari.py with each replay, and as CUDA graphs
+#     graphs       the tests of the update as a CUDA graph: does it learn what plain calls learn?
 #     runs         the tests that train on the GPU, save a checkpoint and resume
 #
 #   benchmarks/gpu.sh benchmarks/records/2026-01-01_gpu build kernels     only these steps
@@ -30,11 +31,12 @@ cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-$(command -v python || command -v python3)}
 total=${SECONDS_IN_ALL:-570}
 
-steps=(build tests kernels memcheck racecheck initcheck synccheck train buffers throughput runs)
+steps=(build tests kernels memcheck racecheck initcheck synccheck train buffers throughput graphs
+  runs)
 declare -A reserved=([build]=60 [tests]=60 [kernels]=40 [memcheck]=35 [racecheck]=35 [initcheck]=30
-  [synccheck]=30 [train]=40 [buffers]=100 [throughput]=70 [runs]=40) # seconds, 540 in all
+  [synccheck]=25 [train]=35 [buffers]=90 [throughput]=70 [graphs]=40 [runs]=40) # seconds, 560
 declare -A most=([build]=150 [tests]=120 [kernels]=90 [memcheck]=70 [racecheck]=70 [initcheck]=60
-  [synccheck]=60 [train]=90 [buffers]=190 [throughput]=120 [runs]=90)
+  [synccheck]=60 [train]=90 [buffers]=190 [throughput]=150 [graphs]=90 [runs]=90)
 
 (($# > 0)) || { echo "usage: benchmarks/gpu.sh RECORD_FOLDER [STEP...]" >&2 && exit 2; }
 record=$1
@@ -158,10 +160,14 @@ step train "$python" algos/ddqn_atari.py --env-id BreakoutNoFrameskip-v4 \
   --eval-frequency 0 --eval-episodes 1
 step buffers "$python" benchmarks/buffers.py --device cuda --capacity 1000000 --seconds 0.4 \
   --record "$record/buffers"
-step throughput "$python" benchmarks/throughput.py --task atari --alone --seconds 4 --repeats 3 \
+step throughput "$python" benchmarks/throughput.py --task atari --alone --seconds 3 --repeats 3 \
   --variants "script=ddqn_atari device=cuda buffer=cuda" \
+  "script=ddqn_atari device=cuda buffer=cuda cuda_graphs=True" \
+  "script=ddqn_atari device=cuda buffer=cuda cuda_graphs=True bfloat16=True" \
+  "script=ddqn_atari device=cuda buffer=cuda cuda_graphs=True num_envs=128" \
   "script=ddqn_atari device=cuda buffer=cuda replay_storage=tiles" \
   "script=ddqn_atari device=cuda buffer=numpy" --record "$record/throughput"
+step graphs "${pytest[@]}" tests/test_graphs.py
 step runs "${pytest[@]}" tests/test_learning.py
 
 ((${#failed[@]} == 0))
