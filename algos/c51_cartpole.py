@@ -12,7 +12,7 @@ Parent: dqn_cartpole.py. What changes: QNetwork and td_loss; --n-atoms, --v-min 
 Deviations from the paper (its value in parentheses): 1, 2 and 4 of dqn_cartpole.py, and
 1. v_min and v_max follow from the rewards and gamma (-10, 10): [0, 100] on CartPole. The target's
    probability outside is logged, as losses/out_of_support.
-2. Adam's epsilon is 1e-8 (0.01 / 32).
+2. The learning rate is annealed to 0 (constant); Adam's epsilon is 1e-8 (0.01 / 32).
 
 Run: python algos/c51_cartpole.py
 """
@@ -34,7 +34,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 500_000  # environment steps, summed over the environments
     learning_rate: float = 2.5e-4  # of the optimizer
-    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "constant"  # its decay
+    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
@@ -258,7 +258,6 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
-        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

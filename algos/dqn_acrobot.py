@@ -12,8 +12,8 @@ early at -200. Evaluations play the environment itself: reward -1, at most 500 s
 
 Parent: dqn_cartpole.py. What changes: --reward, --max-episode-steps, --hidden-sizes, --stop-return.
 
-Deviations from the paper: those of dqn_cartpole.py, but 2: a learning rate of 1e-3 annealed to 0,
-an update every 2 steps, replay 200,000, start 2,000; and 4: theta^- lives 250 updates.
+Deviations from the paper: those of dqn_cartpole.py, but 2: a learning rate of 1e-3, an
+update every 2 steps, replay 200,000, start 2,000; and 4: theta^- lives 250 updates.
 In Korean course notes the exercise has three hidden layers of 512, gamma 1, 1,000 random samples
 after each episode, and theta^- refreshed every 50 episodes. This file counts steps; with episodes
 of 100 steps, this is closest (seed 1: -148):
@@ -259,7 +259,6 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
-        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

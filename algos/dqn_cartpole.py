@@ -10,7 +10,7 @@ Parent: none. Read down to the line of =: that is all of DQN. Then: diff with dd
 
 Deviations from the paper (its value in parentheses):
 1. Vector observations, a perceptron, 4 environments, unclipped rewards, 500,000 steps (50M).
-2. Adam (learning rate and epsilon 2.5e-4, 1e-8) instead of RMSProp (2.5e-4, 0.01); batch 128 (32),
+2. Adam (learning rate 2.5e-4 annealed to 0; its epsilon 1e-8) instead of RMSProp; batch 128 (32),
    an update every 10 steps (4), replay 10,000 (1M), start 10,000 (50,000).
 3. Squared error (--loss huber: errors clipped to [-1, 1], as in the paper).
 4. theta^- lives 50 updates (10,000); epsilon ends at 0.05 (0.1) and is 0 in evaluation (0.05).
@@ -37,7 +37,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 500_000  # environment steps, summed over the environments
     learning_rate: float = 2.5e-4  # of the optimizer
-    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "constant"  # its decay
+    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
@@ -229,7 +229,6 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
-        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

@@ -9,7 +9,7 @@ makes V and A unique: otherwise a constant could move from one to the other with
 Parent: dqn_cartpole.py. What changes: QNetwork, and the gradient's norm is clipped to 10.
 
 Deviations from the paper: those of dqn_cartpole.py, and
-1. DQN's update (Double DQN's), with DQN's learning rate (a quarter of it).
+1. DQN's update (Double DQN's), with DQN's learning rate (6.25e-5).
 2. The streams share one hidden layer of 120, on MinAtar a convolution and a layer of 128 (the
    convolutions), and have one of 84 units each (512). The gradient into these shared layers is
    scaled by 1/sqrt(2) (into the last convolution).
@@ -34,7 +34,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 500_000  # environment steps, summed over the environments
     learning_rate: float = 2.5e-4  # of the optimizer
-    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "constant"  # its decay
+    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 10.0  # gradients are clipped to this norm; 0: they are not
@@ -232,7 +232,6 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
-        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

@@ -9,8 +9,8 @@ action that theta^- does not prefer costs up to alpha |l0|. This keeps the polic
 Parent: dqn_cartpole.py. What changes: three arguments, tau_log_pi, the target in td_loss.
 
 Deviations from the paper (its value in parentheses): 1 and 3 of dqn_cartpole.py, and
-1. Adam at 2.5e-4, its epsilon 1e-8 (5e-5, 0.01/32); batch 128 (32), an update every 10 steps (4),
-   replay 10,000 (1M), start 10,000 (20,000).
+1. Adam at 2.5e-4, annealed to 0, its epsilon 1e-8 (5e-5, 0.01/32); batch 128 (32), an update every
+   10 steps (4), replay 10,000 (1M), start 10,000 (20,000).
 2. theta^- lives 500 steps (8,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation.
 alpha, tau and l0 are the paper's, though the rewards here are not clipped.
 
@@ -34,7 +34,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 500_000  # environment steps, summed over the environments
     learning_rate: float = 2.5e-4  # of the optimizer
-    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "constant"  # its decay
+    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
@@ -245,7 +245,6 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
-        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

@@ -35,7 +35,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 500_000  # environment steps, summed over the environments
     learning_rate: float = 2.5e-4  # of the optimizer
-    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "constant"  # its decay
+    lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 1e-8  # epsilon of adam and adamw
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
@@ -259,7 +259,6 @@ ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
         "learning_rate": 2.5e-4,
-        "lr_schedule": "linear",
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI, TABULAR = 939, 1205, 660
+VECTORS, ATARI, TABULAR = 938, 1205, 660
 OF_ATARI = {
     *(
         "Args",
