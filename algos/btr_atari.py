@@ -600,17 +600,18 @@ def make_replay(args: RunArgs, device: torch.device, prioritized: bool, **option
         tree = SumTree(args.buffer_size, args.per_alpha)
         return PrioritizedFrameReplay(replay, tree, args.per_beta) if prioritized else replay
     options |= {"per_alpha": args.per_alpha, "per_beta": args.per_beta, "prioritized": prioritized}
-    # Stacks come scaled, in the layout that the convolutions want.
-    options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
+    # Stacks come scaled, in the layout that the convolutions want; as bytes if they have to travel.
+    travels = args.buffer == "cpp" and device.type == "cuda"
+    options["output_dtype"] = torch.uint8 if travels else torch.float32
+    options["memory_format"] = torch.channels_last
     options["device"] = device if args.buffer == "cuda" else "cpu"
     options["storage"] = "tiles" if args.replay_storage == "tiles" else "auto"
     try:
         replay = fastreplay.FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options)
     except (MemoryError, RuntimeError, ValueError) as e:
         sys.exit(f"error: --buffer {args.buffer} failed: {e}. Try --buffer numpy.")
-    if args.buffer == "cpp" and device.type == "cuda":
-        sample, update = replay.sample, replay.update_priorities
-        replay.sample = lambda n: Batch(*(x.to(device, non_blocking=True) for x in sample(n)))
+    if travels:
+        update, replay.sample = replay.update_priorities, PinnedBatches(replay.sample, device)
         replay.update_priorities = lambda indices, error: update(indices.cpu(), error.cpu())
     return replay
 
@@ -633,6 +634,30 @@ class NoisyLinear(nn.Linear):
         f_in, f_out = (e.sign() * e.abs().sqrt() for e in (e_in, e_out))  # f(e)
         # (sigma * outer(f_out, f_in)) x = f_out * (sigma (f_in * x)): no matrix of noise is built
         return y + f_out * F.linear(x * f_in, self.sigma_weight, self.sigma_bias)
+
+
+class PinnedBatches:
+    """`sample` of a replay on the CPU, for a network on a GPU.
+
+    Batches lie in pinned memory, which the GPU fetches while Python goes on. Two of them take
+    turns: one is filled while the GPU fetches, or still learns from, the other.
+    """
+
+    def __init__(self, sample, device: torch.device):
+        self.sample, self.device, self.free = sample, device, deque()
+
+    def __call__(self, batch_size: int) -> Batch:
+        if len(self.free) < 2:
+            batch = Batch(*(x.pin_memory() for x in self.sample(batch_size)))
+            fetched = torch.cuda.Event()
+        else:
+            batch, fetched = self.free.popleft()
+            fetched.synchronize()
+            self.sample(batch_size, out=batch)
+        sent = Batch(*(x.to(self.device, non_blocking=True) for x in batch))
+        fetched.record()
+        self.free.append((batch, fetched))
+        return sent
 
 
 class Features(nn.Sequential):

@@ -394,18 +394,43 @@ def make_replay(args: RunArgs, device: torch.device, **options):
     options |= {"gamma": args.gamma, "seed": args.seed}
     if args.buffer == "numpy":
         return FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options, device=device)
-    # Stacks come scaled, in the layout that the convolutions want.
-    options |= {"output_dtype": torch.float32, "memory_format": torch.channels_last}
+    # Stacks come scaled, in the layout that the convolutions want; as bytes if they have to travel.
+    travels = args.buffer == "cpp" and device.type == "cuda"
+    options["output_dtype"] = torch.uint8 if travels else torch.float32
+    options["memory_format"] = torch.channels_last
     options["device"] = device if args.buffer == "cuda" else "cpu"
     options["storage"] = "tiles" if args.replay_storage == "tiles" else "auto"
     try:
         replay = fastreplay.FrameReplay(args.buffer_size, (84, 84), args.num_envs, **options)
     except (MemoryError, RuntimeError, ValueError) as e:
         sys.exit(f"error: --buffer {args.buffer} failed: {e}. Try --buffer numpy.")
-    if args.buffer == "cpp" and device.type == "cuda":
-        sample = replay.sample
-        replay.sample = lambda n: Batch(*(x.to(device, non_blocking=True) for x in sample(n)))
+    if travels:
+        replay.sample = PinnedBatches(replay.sample, device)
     return replay
+
+
+class PinnedBatches:
+    """`sample` of a replay on the CPU, for a network on a GPU.
+
+    Batches lie in pinned memory, which the GPU fetches while Python goes on. Two of them take
+    turns: one is filled while the GPU fetches, or still learns from, the other.
+    """
+
+    def __init__(self, sample, device: torch.device):
+        self.sample, self.device, self.free = sample, device, deque()
+
+    def __call__(self, batch_size: int) -> Batch:
+        if len(self.free) < 2:
+            batch = Batch(*(x.pin_memory() for x in self.sample(batch_size)))
+            fetched = torch.cuda.Event()
+        else:
+            batch, fetched = self.free.popleft()
+            fetched.synchronize()
+            self.sample(batch_size, out=batch)
+        sent = Batch(*(x.to(self.device, non_blocking=True) for x in batch))
+        fetched.record()
+        self.free.append((batch, fetched))
+        return sent
 
 
 class Features(nn.Sequential):

@@ -232,6 +232,57 @@ def test_tiles_and_plain_frames_give_the_same_weights(name, in_tmp, monkeypatch,
     assert "cpp replay, tiles, about 650 bytes a step, 0.0 GB" in output
 
 
+@pytest.mark.parametrize("name", ["dqn_atari", "per_ddqn_atari"])
+def test_batches_travel_to_a_gpu_as_bytes_in_two_pinned_buffers(name, monkeypatch):
+    """Copies and events of a GPU are stand-ins: a copy is complete when its event is waited for."""
+    script, waited, options = load(name), [], {"prioritized": True}
+    options = options if name == "per_ddqn_atari" else {}
+    args = script.RunArgs(buffer="cpp", replay_storage="plain", buffer_size=120, num_envs=2)
+
+    def filled(device):
+        replay = script.make_replay(args, torch.device(device), **options)
+        for step in range(40):
+            frames = np.full((2, 84, 84), 6 * step, np.uint8)
+            actions, no = np.full(2, step), np.zeros(2, bool)
+            replay.add(frames, actions, np.ones(2), no, np.full(2, step == 0))
+        return replay
+
+    class Event:
+        def __init__(self):
+            self.copies = []
+
+        def record(self):
+            self.copies = [(sent, seen.clone()) for sent, seen in under_way]
+            under_way.clear()
+
+        def synchronize(self):
+            waited.append(self)
+            assert all(torch.equal(sent, seen) for sent, seen in self.copies), "overwritten"
+
+    under_way, plain = [], filled("cpu")
+    pinned = filled("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+
+    def to(x, device, non_blocking):
+        assert device.type == "cuda" and non_blocking
+        under_way.append((x, x))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    buffers = set()
+    for turn in range(6):
+        batch, expected = pinned.sample(4), plain.sample(4)
+        buffers.add(batch.obs.data_ptr())
+        assert batch.obs.dtype == torch.uint8
+        assert batch.obs.is_contiguous(memory_format=torch.channels_last)
+        assert all(map(torch.equal, batch[1:3], expected[1:3]))
+        for bytes_, scaled in ((batch.obs, expected.obs), (batch.next_obs, expected.next_obs)):
+            torch.testing.assert_close(bytes_.float() / 255, scaled)
+        assert len(waited) == max(turn - 1, 0)
+    assert len(buffers) == 2 and waited[0] is not waited[1] and waited[0] is waited[2]
+
+
 def test_tiles_with_the_replay_on_a_gpu(emulation, monkeypatch):
     """The checks of a script and its replay, on the emulation. `auto` is plain there."""
     script, refusals = load("dqn_atari"), []
