@@ -39,7 +39,7 @@ esac
 preload="$preload $(gcc -print-file-name=libstdc++.so)"
 
 out=build/$kind
-export CFLAGS="$flags -O1 -g -fno-omit-frame-pointer" LDFLAGS="$flags" FASTREPLAY_CUDA=0
+export CFLAGS="$flags -O1 -g1 -fno-omit-frame-pointer" LDFLAGS="$flags" FASTREPLAY_CUDA=0
 "$python" setup.py --quiet build --build-base "$out" --build-lib "$out/lib"
 if [ "$kind" = address ]; then
   FASTREPLAY_EMULATED=$("$python" tests/emulated.py "$out/emulated")
