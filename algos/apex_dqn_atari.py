@@ -319,6 +319,7 @@ class RunArgs(Args):
     replay_storage: Literal["auto", "plain", "tiles"] = "auto"
     bfloat16: bool = False  # compute the features in bfloat16; weights and optimiser stay float32
     compile: bool = False  # torch.compile the loss (needs a C++ compiler; 30 s at the first update)
+    cuda_graphs: bool = False  # with --buffer cuda: an update becomes one CUDA graph
     ray_address: str | None = None  # of a Ray cluster, or `auto`; without it, this machine alone
     actor_cpus: float = 0.5  # cores that Ray reserves for an actor; the games share them
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
@@ -863,7 +864,7 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     else:
         optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     for group in optimizer.param_groups:
-        group["capturable"] = takes_graphs(args)  # torch asks for it
+        group["capturable"] = parameters[0].is_cuda  # in a CUDA graph
     if args.max_grad_norm:
 
         def clip(*_) -> None:

@@ -575,7 +575,7 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
     else:
         optimizer = torch.optim.Adam(parameters, rate, eps=args.adam_eps, fused=True)
     for group in optimizer.param_groups:
-        group["capturable"] = takes_graphs(args)  # torch asks for it
+        group["capturable"] = parameters[0].is_cuda  # in a CUDA graph
     if args.max_grad_norm:
 
         def clip(*_) -> None:

@@ -481,10 +481,9 @@ def test_one_weighted_update_equals_the_oracle(loss):
     before = [p.detach().numpy().copy() for p in q_network.parameters()]
     gradients = oracle.perceptron_gradients(before, arrays["obs"], d_q)
 
-    optimizer = script.make_optimizer(q_network, script.RunArgs())
-    value, td_error, q_taken = script.td_loss(
-        q_network, target_network, batch, script.Args(loss=loss)
-    )
+    args = script.Args(loss=loss)
+    optimizer = script.make_optimizer(q_network, args)
+    value, td_error, q_taken = script.td_loss(q_network, target_network, batch, args)
     value.backward()
     assert value.item() == pytest.approx(expected, rel=1e-9)
     np.testing.assert_allclose(td_error, errors, rtol=1e-9)
@@ -492,7 +491,8 @@ def test_one_weighted_update_equals_the_oracle(loss):
     for p, g in zip(q_network.parameters(), gradients):
         np.testing.assert_allclose(p.grad, g, rtol=1e-7, atol=1e-10)
     optimizer.step()
-    for p, w in zip(q_network.parameters(), oracle.adam_step(before, gradients, lr=1e-3)):
+    after = oracle.adam_step(before, gradients, lr=args.learning_rate)
+    for p, w in zip(q_network.parameters(), after):
         np.testing.assert_allclose(p.detach(), w, rtol=1e-7, atol=1e-8)
 
 

@@ -168,7 +168,7 @@ FAMILY = {
         "dueling_ddqn_atari",
         OF_APEX,
         440,
-        1515,
+        1516,
         270,
         dict.fromkeys(("td_loss", "SumTree", "make_replay"), "per_ddqn_atari"),
     ),

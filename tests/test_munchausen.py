@@ -181,7 +181,7 @@ def test_one_update_equals_the_oracle(loss):
     d_q = np.zeros((BATCH, N_ACTIONS))
     d_q[np.arange(BATCH), arrays["actions"]] = slopes / BATCH
     gradients = oracle.perceptron_gradients(before, arrays["obs"], d_q)
-    expected = oracle.adam_step(before, gradients, lr=1e-3)
+    expected = oracle.adam_step(before, gradients, lr=args.learning_rate)
     optimizer = SCRIPT.make_optimizer(q_network, args)
     value, *_ = SCRIPT.td_loss(q_network, target_network, batch, args)
     value.backward()

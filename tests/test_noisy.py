@@ -144,12 +144,12 @@ def test_acting_draws_noise_at_every_step():
 
 
 def test_random_actions_only_at_the_start(monkeypatch):
-    """On vectors until step 4,000, with MinAtar's defaults none; the arguments bring them back."""
+    """On vectors until step 10,000, with MinAtar's defaults none; the arguments bring them back."""
     script = load("noisy_dqn_cartpole")
     for env_id, start in (("CartPole-v1", 1), ("MinAtar/Breakout-v1", 0)):
         monkeypatch.setattr("sys.argv", ["noisy_dqn_cartpole.py", "--env-id", env_id])
         args = script.parse_args()
-        steps = (0, 2_000, 4_000, args.total_timesteps)
+        steps = (0, 5_000, 10_000, args.total_timesteps)
         expected = [start, start / 2, 0, 0]
         assert [script.epsilon_at(step, args) for step in steps] == pytest.approx(expected)
     monkeypatch.setattr("sys.argv", ["noisy_dqn_cartpole.py", "--end-e", "0.1"])
