@@ -131,12 +131,12 @@ FAMILY = {
     "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
     # More than 170 lines above the line: a layer, a projection, a loss or a target of their own.
     "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 39, VECTORS + 20, 193),
-    "c51_cartpole": Member("dqn_cartpole", OF_C51, 80, VECTORS + 45, 201),
+    "c51_cartpole": Member("dqn_cartpole", OF_C51, 82, VECTORS + 45, 201),
     "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 55, VECTORS + 18, 189),
     "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 48, VECTORS + 28, 200),
     "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 186),
     "rainbow_cartpole": Member(
-        "dqn_cartpole", OF_RAINBOW, 330, VECTORS + 266, 262, TAKEN_BY_RAINBOW
+        "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 266, 262, TAKEN_BY_RAINBOW
     ),
     # Above the line also the exercise: its second reward, in functions, and what --stop-return is.
     "dqn_acrobot": Member("dqn_cartpole", OF_ACROBOT, 57, VECTORS + 27, TOP + 30),
