@@ -17,6 +17,7 @@ Deviations from the paper: those of the six files where their part is on, and
 
 Run: python algos/rainbow_cartpole.py
 DQN: --no-double --no-dueling --no-prioritized --n-step 1 --no-noisy --no-distributional
+  --adam-eps 1e-8 --max-grad-norm 0
 """
 
 import copy

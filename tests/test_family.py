@@ -136,7 +136,7 @@ FAMILY = {
     "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 48, VECTORS + 28, 200),
     "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 186),
     "rainbow_cartpole": Member(
-        "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 266, 262, TAKEN_BY_RAINBOW
+        "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 267, 263, TAKEN_BY_RAINBOW
     ),
     # Above the line also the exercise: its second reward, in functions, and what --stop-return is.
     "dqn_acrobot": Member("dqn_cartpole", OF_ACROBOT, 57, VECTORS + 27, TOP + 30),

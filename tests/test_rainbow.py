@@ -84,7 +84,7 @@ def test_with_one_part_on_a_run_is_that_files(name, in_tmp, monkeypatch):
 
         monkeypatch.setattr(script, "save_checkpoint", keep)
         common = {"total_timesteps": 1_000, "checkpoint_frequency": 0, "eval_episodes": 0}
-        common |= {"learning_rate": 1e-4, "per_alpha": 0.6, "max_grad_norm": 10.0}
+        common |= {"learning_rate": 1e-4, "per_alpha": 0.6, "max_grad_norm": 10.0, "adam_eps": 1e-8}
         if name.startswith("noisy"):
             common |= {"start_e": 0.0, "end_e": 0.0}
         both = small(name) | common | options
