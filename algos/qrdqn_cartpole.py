@@ -11,7 +11,7 @@ Parent: dqn_cartpole.py. What changes: n_quantiles and kappa, QNetwork, the loss
 
 Deviations from the paper (its value in parentheses):
 1. Environments, network, rewards and steps: as deviation 1 of dqn_cartpole.py. 25 quantiles (200).
-2. Adam at 2.5e-4, annealed to 0 (5e-5); batch 128 (32), an update every 10 steps (4), replay
+2. Adam at 1e-3, annealed to 0 (5e-5); batch 128 (32), an update every 10 steps (4), replay
    10,000 (1M), start 10,000 (50,000).
 3. theta^- lives 500 steps (10,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation (0.001).
 
@@ -34,7 +34,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 500_000  # environment steps, summed over the environments
-    learning_rate: float = 2.5e-4  # of the optimizer
+    learning_rate: float = 1e-3  # of the optimizer
     lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
