@@ -8,7 +8,7 @@ Trains DQN and Double DQN on the same seeds and compares them, after van Hasselt
 arXiv:1509.06461, figure 3. At every evaluation a script logs the mean of max_a Q(s, a) over the
 states visited, and the mean discounted return that followed from them; the difference is the
 over-estimation. Runs are those of train.py: with --runs a study that was stopped goes on, and
-the runs of a study of train.py with the same flags are used again.
+the runs of a study of train.py with the same --env-ids and flags are used again.
 
 Two cases without a network stand beside it: the maximum of noisy means (dice), and Example 6.7 of
 Sutton and Barto. Without --record the tool only prints the report.

@@ -40,12 +40,20 @@ preload="$preload $(gcc -print-file-name=libstdc++.so)"
 
 out=build/$kind
 export CFLAGS="$flags -O1 -g1 -fno-omit-frame-pointer" LDFLAGS="$flags" FASTREPLAY_CUDA=0
+export CXXFLAGS="$CFLAGS"  # setuptools reads these for C++, older ones read CFLAGS
 "$python" setup.py --quiet build --build-base "$out" --build-lib "$out/lib"
 if [ "$kind" = address ]; then
   FASTREPLAY_EMULATED=$("$python" tests/emulated.py "$out/emulated")
   export FASTREPLAY_EMULATED
 fi
-test -n "$(find "$out/lib" -name '_cpu*.so')" || { echo "fastreplay did not compile" >&2; exit 1; }
+built=$(find "$out/lib" -name '_cpu*.so')
+test -n "$built" || { echo "fastreplay did not compile" >&2; exit 1; }
+case $kind in address) calls="__asan_ __ubsan_" ;; thread) calls=__tsan_ ;; esac
+for call in $calls; do  # of the instrumented code, into the sanitizer's library
+  nm -D --undefined-only "$built" | grep -q "$call" || {
+    echo "fastreplay was compiled without the sanitizer: no $call in it" >&2 && exit 1
+  }
+done
 
 # No leak detection: Python does not free all of its memory. No address randomization:
 # ThreadSanitizer cannot place its shadow memory in every layout.
