@@ -30,9 +30,10 @@ def flags():
         return ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
     # No fused multiply-add: every processor quantises priorities to the same bits (priority.h).
     # No trapping arithmetic: compilers vectorize loops with a conditional.
+    optimize = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
     return [
-        *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"),
-        *("-pthread", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"),
+        *("-std=c++17", *optimize, "-ffp-contract=off", "-fno-trapping-math"),
+        *("-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"),
         "-Wno-unknown-warning-option",
     ]
 
