@@ -34,7 +34,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     num_envs: int = 4  # environments stepped in turn
     seed: int = 1  # of the environments, the network, exploration and replay
     total_timesteps: int = 500_000  # environment steps, summed over the environments
-    learning_rate: float = 2.5e-4  # of the optimizer
+    learning_rate: float = 5e-4  # of the optimizer
     lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
     adam_eps: float = 0.01 / 32  # epsilon of adam and adamw

@@ -49,10 +49,9 @@ fi
 built=$(find "$out/lib" -name '_cpu*.so')
 test -n "$built" || { echo "fastreplay did not compile" >&2; exit 1; }
 case $kind in address) calls="__asan_ __ubsan_" ;; thread) calls=__tsan_ ;; esac
+symbols=$(nm -D --undefined-only "$built")
 for call in $calls; do  # of the instrumented code, into the sanitizer's library
-  nm -D --undefined-only "$built" | grep -q "$call" || {
-    echo "fastreplay was compiled without the sanitizer: no $call in it" >&2 && exit 1
-  }
+  [[ $symbols == *$call* ]] || { echo "fastreplay was compiled without the sanitizer" >&2; exit 1; }
 done
 
 # No leak detection: Python does not free all of its memory. No address randomization:
