@@ -54,9 +54,13 @@ for call in $calls; do  # of the instrumented code, into the sanitizer's library
   [[ $symbols == *$call* ]] || { echo "fastreplay was compiled without the sanitizer" >&2; exit 1; }
 done
 
+# When a thread ends, glibc may free the thread-local memory of one that ended before, under a
+# lock of its own that ThreadSanitizer does not see.
+echo "race:_dl_deallocate_tls" > "$out/suppressions"
+
 # No leak detection: Python does not free all of its memory. No address randomization:
 # ThreadSanitizer cannot place its shadow memory in every layout.
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  TSAN_OPTIONS="halt_on_error=1 die_after_fork=0" \
+  TSAN_OPTIONS="halt_on_error=1 die_after_fork=0 suppressions=$out/suppressions" \
   setarch "$(uname -m)" -R env LD_PRELOAD="$preload" OMP_NUM_THREADS=$threads \
   "$python" -m pytest -q $show -p no:cacheprovider -o pythonpath="$out/lib" -k "$select" "${tests[@]}"
