@@ -166,7 +166,7 @@ def measure_learn(apex, args, replay):
     optimizer = apex.make_optimizer(networks[0], apex_args)
 
     def update():
-        batch = replay.sample(apex_args.batch_size)
+        batch = replay.sample(args.batch_size)
         batch = apex.Batch(*(x.to(device) for x in batch))
         loss, td_error, _ = apex.td_loss(*networks, batch, apex_args)
         replay.update_priorities(batch.indices.to(replay.device), td_error.to(replay.device))
@@ -207,6 +207,7 @@ def measure_whole(args, count):
     flags = {"num-actors": count, "env-id": args.env_id, "total-timesteps": args.steps}
     flags |= {"learning-starts": args.steps // 5, "buffer": args.buffer, "eval-episodes": 0}
     flags |= {"eval-frequency": 0, "checkpoint-frequency": 0, "buffer-size": 2 * args.steps}
+    flags |= {"batch-size": args.batch_size}
     command = [sys.executable, os.fspath(FILE)]
     command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     with tempfile.TemporaryDirectory(prefix="cleanq-scale-") as folder:
@@ -387,12 +388,15 @@ def parse_args():
     parser.add_argument("--seconds", type=float, default=4.0, help="least length of a turn")
     parser.add_argument("--blocks", type=int, default=128, help="stored in a turn, in two halves")
     parser.add_argument("--steps", type=int, default=40_000, help="agent steps of a whole run")
+    parser.add_argument("--batch-size", type=int, default=512, help="transitions per update")
     parser.add_argument("--record", type=Path, help="folder of the record")
     args = parser.parse_args()
     if min(args.actors) < 1 or len({*args.actors}) < len(args.actors):
         parser.error("--actors: positive numbers, all different")
-    if min(args.repeats, args.seconds, args.blocks // 2, args.steps // 4000) <= 0:
-        parser.error("--repeats and --seconds must be positive, --blocks 2, --steps 4000 or more")
+    sizes = args.blocks // 2, args.steps // 4000, args.batch_size
+    if min(args.repeats, args.seconds, *sizes) <= 0:
+        least = "--blocks 2, --steps 4000, --batch-size 1 or more"
+        parser.error(f"--repeats and --seconds must be positive, {least}")
     return args
 
 
@@ -407,7 +411,7 @@ def main():
     torch.set_num_threads(1)
     defaults, gpu = apex.RunArgs(), torch.cuda.is_available()
     found = {"env_id": args.env_id, "repeats": args.repeats, "cores": os.cpu_count()}
-    found |= {"games": defaults.num_envs, "batch": defaults.batch_size}
+    found |= {"games": defaults.num_envs, "batch": args.batch_size}
     found |= {"capacity": defaults.buffer_size, "steps an update": defaults.train_frequency}
     found |= {"steps a broadcast": defaults.broadcast_frequency, "actors": {}}
     found |= {"storage": "plain" if args.buffer == "cuda" else "tiles"}  # the file's own choice

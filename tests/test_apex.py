@@ -187,7 +187,7 @@ def with_ray(script):
     ray.cloudpickle.unregister_pickle_by_value(script)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_actors_are_replaced_and_no_block_is_lost(with_ray, kills):
     """Every block is stored, also those of actors that were killed at random moments later."""
     script = with_ray

@@ -336,8 +336,9 @@ def study(repository, folder, *words):
     ]
 
 
-def test_ten_kills_of_a_study(repository, tmp_path):
-    """kill -9 at ten random moments: nothing is lost and nothing runs twice.
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_of_a_study(repository, tmp_path, kills):
+    """kill -9 at random moments: nothing is lost and nothing runs twice.
 
     Half of the kills end the tool alone, and its runs outlive it; half end all, like a power cut.
     """
@@ -345,7 +346,7 @@ def test_ten_kills_of_a_study(repository, tmp_path):
     command = [*map(str, study(repository, folder, "--seeds", *seeds))]
     rng, hidden = np.random.default_rng(0), {"stdout": subprocess.DEVNULL, "env": NO_GIT}
     started = 0
-    for kill in range(10):
+    for kill in range(kills):
         tool = subprocess.Popen(command, **hidden, start_new_session=True)
         deadline = time.monotonic() + 30
         while len([*folder.rglob("pids")]) == started and time.monotonic() < deadline:

@@ -102,6 +102,7 @@ def scale(*words):
         (["--actors", 2, 2], "--actors: positive numbers, all different"),
         (["--steps", 3999], "--steps 4000 or more"),
         (["--blocks", 1], "--blocks 2"),
+        (["--batch-size", 0], "--batch-size 1 or more"),
     ],
 )
 def test_bad_arguments(words, message):
@@ -120,6 +121,7 @@ def test_a_short_measurement():
     for package in ("ray", "fastreplay._cpu"):
         pytest.importorskip(package)
     options = ["--repeats", 1, "--seconds", 0.2, "--blocks", 4, "--steps", 4_000]
+    options += ["--batch-size", 8]
     done = scale("--actors", 1, *options)
     assert done.returncode == 0, done.stderr
     for part in ("1 actors alone", "through the object store", "into the replay, tiles"):

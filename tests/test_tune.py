@@ -570,24 +570,26 @@ def places_of(study):
     return sorted(path.parent.relative_to(study) for path in study.glob("runs/*/*/steps"))
 
 
-def test_ten_kills(repository, tmp_path):
-    """kill -9 at ten random moments: nothing is lost, nothing is run twice."""
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills(repository, tmp_path, kills):
+    """kill -9 at random moments: nothing is lost, nothing is run twice."""
     study, rng = tmp_path / "study", np.random.default_rng(0)
     words = ("--search", "learning_rate", "gamma", "--trials", 20, "--jobs", 3, "--goal", 300)
     words = (*words, "--pruner", "hyperband", "--study", study, "--", "--seconds", 0.03)
     moments, options = [], {"stdout": subprocess.DEVNULL, "env": NO_GIT, "cwd": repository}
-    for kill in range(10):
+    for kill in range(kills):
         tool = subprocess.Popen(command(repository, *words), **options)
         begin, seen = time.monotonic(), len(places_of(study))
-        # Three come at any time from the start on, the others when it has started a run.
-        while kill > 2 and len(places_of(study)) == seen and time.monotonic() < begin + 10:
+        # A third come at any time from the start on, the others when it has started a run.
+        early = kill < kills // 3
+        while not early and len(places_of(study)) == seen and time.monotonic() < begin + 10:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 4 if kill <= 2 else 1))
+        time.sleep(rng.uniform(0, 4 if early else 1))
         assert tool.poll() is None, "it ended before the kill"
         tool.kill()
         tool.wait()
         moments.append(len(places_of(study)))
-    assert len({*moments}) > 3
+    assert len({*moments}) > kills // 3
     done = tune(repository, *words)
     assert done.returncode == 0, done.stderr
     trials = trials_of(study)
