@@ -100,7 +100,7 @@ def scale(*words):
     [
         (["--actors", 0], "--actors: positive numbers, all different"),
         (["--actors", 2, 2], "--actors: positive numbers, all different"),
-        (["--steps", 3999], "--steps 4000 or more"),
+        (["--steps", 3999], "--steps 4000"),
         (["--blocks", 1], "--blocks 2"),
         (["--batch-size", 0], "--batch-size 1 or more"),
     ],
