@@ -131,7 +131,7 @@ FAMILY = {
     "per_dqn_cartpole": Member("dqn_cartpole", OF_PER, 136, VECTORS + 115, REPLAY_TOP),
     # More than 170 lines above the line: a layer, a projection, a loss or a target of their own.
     "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 39, VECTORS + 20, 193),
-    "c51_cartpole": Member("dqn_cartpole", OF_C51, 82, VECTORS + 45, 201),
+    "c51_cartpole": Member("dqn_cartpole", OF_C51, 84, VECTORS + 45, 201),
     "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 55, VECTORS + 18, 189),
     "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 48, VECTORS + 28, 200),
     "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 186),
