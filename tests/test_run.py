@@ -40,6 +40,7 @@ SMALL = {
         "target_network_frequency": 100,
         "exploration_fraction": 0.5,
         "eval_e": 1.0,
+        "eval_max_frames": 1000,
         "env_id": "PongNoFrameskip-v4",
         "torch_threads": 1,
         "width": 1,
@@ -220,15 +221,15 @@ def test_tiles_and_plain_frames_give_the_same_weights(name, in_tmp, monkeypatch,
         pytest.skip("fastreplay is not compiled")
     script, ends = load(name), {}
     options = small(name) | {"buffer": "cpp", "eval_episodes": 0, "checkpoint_replay": True}
-    for storage in ("plain", "tiles", "auto"):
+    options |= {"total_timesteps": 700, "learning_starts": 300, "buffer_size": 500}
+    for storage in ("plain", "auto"):
         main_in_process(script, options | {"replay_storage": storage}, monkeypatch)
         ends[storage] = script.load_checkpoint(checkpoint_of(in_tmp))
         shutil.rmtree(in_tmp / "runs")
-    assert "frames" in ends["plain"]["replay"] and "tiles" in ends["tiles"]["replay"]
+    assert "frames" in ends["plain"]["replay"] and "tiles" in ends["auto"]["replay"]
     assert ends["auto"]["args"]["replay_storage"] == "tiles"
     for part in ("q_network", "optimizer", "envs"):
-        assert same(ends["plain"][part], ends["tiles"][part])
-        assert same(ends["tiles"][part], ends["auto"][part])
+        assert same(ends["plain"][part], ends["auto"][part])
     output = capsys.readouterr().out
     assert "cpp replay, plain, about 7070 bytes a step, 0.0 GB" in output
     assert "cpp replay, tiles, about 650 bytes a step, 0.0 GB" in output
@@ -425,15 +426,14 @@ def test_what_a_resumed_run_cannot_change(in_tmp, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ddqn_cartpole", "ddqn_atari"])
-def test_run_evaluate_and_logs(name, in_tmp):
+def test_run_evaluate_and_logs(name, in_tmp, monkeypatch, capsys):
     result = run(name, small(name), in_tmp)
     assert result.returncode == 0, result.stderr
     assert "evaluated" in result.stdout + result.stderr
     path = next(in_tmp.glob("runs/*/checkpoint.pt"))
     before = path.read_bytes()
-    evaluated = run(name, {"evaluate": path, "eval_episodes": 3}, in_tmp)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "in 3" in evaluated.stdout
+    main_in_process(load(name), {"evaluate": path, "eval_episodes": 3}, monkeypatch)
+    assert "in 3" in capsys.readouterr().out
     assert path.read_bytes() == before and len(list(in_tmp.glob("runs/*"))) == 1
     tags = scalars(path.parent)
     wanted = {"charts/SPS", "charts/epsilon", "charts/hours", "eval/episodic_return"}
@@ -550,7 +550,7 @@ def test_every_evaluation_is_filmed(name, in_tmp, monkeypatch, capsys):
     options = small(name) | {"capture_video": True, "total_timesteps": 1600, "eval_episodes": 1}
     options |= {"eval_frequency": 800, "learning_starts": 700, "eval_e": 1.0}
     if name == "dqn_atari":
-        options["eval_max_frames"] = 600
+        options["eval_max_frames"] = 200
     main_in_process(script, options, monkeypatch)
     folder = checkpoint_of(in_tmp).parent / "videos"
     assert sorted(film.name for film in folder.iterdir()) == ["step-1600.mp4", "step-800.mp4"]
