@@ -23,7 +23,7 @@ case $kind in
     select="not importing and not without_a_gpu and not memory_runs_out"
     if [ "${2:-}" = quick ]; then
       select="$select and not emulated-tiles and (not test_tiles or not cuda)"
-      slow="test_frame_replay or scaled_outputs or compute_sanitizer or any_sequence"
+      slow="test_frame_replay or scaled_outputs or compute_sanitizer or bit_identical or any_sequence"
       select="$select and not (emulated and ($slow)) and not (scaled_outputs and shape2)"
     fi
     ;;
