@@ -661,6 +661,7 @@ def test_throughput_without_a_rate_writes_no_record(repository):
     script.write_text("print('error: --device must be cpu (it is cuda).')\nraise SystemExit(1)")
     git(repository, "commit", "-aqm", "a script that fails")
     words = ["benchmarks/throughput.py", "--alone", "--variants", "script=script"]
+    words += ["--repeats", 1]
     done = run(repository, *words, "--record", "record")
     assert done.returncode != 0 and not (repository / "record").exists()
     assert "not measured: error: --device must be cpu" in done.stdout
