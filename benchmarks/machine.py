@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,8 @@ def describe() -> dict:
 
 def gpu() -> dict:
     """Name of torch's current GPU, versions of its driver and of the toolkit; {} without a GPU."""
+    if not shutil.which("nvidia-smi"):  # it comes with the driver; importing torch takes seconds
+        return {}
     try:
         import torch
     except ImportError:

@@ -407,12 +407,12 @@ def networks_of(runs, places):
     `places`: the folders of the runs. Returns {file name: a checkpoint without what only training
     needs}. Networks of more than LARGEST_NETWORK bytes are left out; tables are no networks.
     """
-    import torch  # takes a second
-
     networks, place_of = {}, {id(run): place for run, place in zip(runs, places)}
     for group in grouped(runs, "script", "env_id").values():
         run = sorted(group, key=lambda run: run["final_return"])[(len(group) - 1) // 2]
         for checkpoint in place_of[id(run)].glob("runs/*/checkpoint.pt"):  # one
+            import torch  # takes seconds
+
             state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
             if sum(x.nbytes for x in state["q_network"].values()) <= LARGEST_NETWORK:
                 name = f"{run['script']}_{run['env_id'].replace('/', '-')}_seed_{run['seed']}.pt"
