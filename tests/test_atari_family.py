@@ -544,7 +544,8 @@ def test_rows_are_drawn_in_proportion_to_their_priority(kind):
 def test_a_run_updates_the_priorities_of_its_batches(name, in_tmp, monkeypatch):
     """With |delta| of td_loss, in both replays; beta rises to 1."""
     script = load(name)
-    options = small(name) | {"total_timesteps": 1000, "batch_size": 4, "eval_episodes": 0}
+    options = small(name) | {"total_timesteps": 660, "learning_starts": 100, "batch_size": 4}
+    options |= {"eval_episodes": 0}
     for buffer in ("numpy", "auto"):
         updates, betas, td_loss, make = [], [], script.td_loss, script.make_replay
 
