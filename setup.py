@@ -30,6 +30,7 @@ def flags():
         return ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
     # No fused multiply-add: every processor quantises priorities to the same bits (priority.h).
     # No trapping arithmetic: compilers vectorize loops with a conditional.
+    # CXXFLAGS may set another level of optimization (tests/sanitize.sh does).
     optimize = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
     return [
         *("-std=c++17", *optimize, "-ffp-contract=off", "-fno-trapping-math"),
