@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -30,10 +31,10 @@ def flags():
         return ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
     # No fused multiply-add: every processor quantises priorities to the same bits (priority.h).
     # No trapping arithmetic: compilers vectorize loops with a conditional.
-    # CXXFLAGS may set another level of optimization (tests/sanitize.sh does).
-    optimize = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
+    # CXXFLAGS may set other levels of optimization and debug information (tests/sanitize.sh does).
+    levels = [flag for flag in ("-O3", "-g0") if flag[:2] not in os.environ.get("CXXFLAGS", "")]
     return [
-        *("-std=c++17", *optimize, "-ffp-contract=off", "-fno-trapping-math"),
+        *("-std=c++17", *levels, "-ffp-contract=off", "-fno-trapping-math"),
         *("-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"),
         "-Wno-unknown-warning-option",
     ]
@@ -51,7 +52,9 @@ def find_nvcc():
 
 def extensions(nvcc):
     import pybind11
+    from pybind11.setup_helpers import ParallelCompile
 
+    ParallelCompile().install()  # one source file per core
     common = {"include_dirs": ["csrc", pybind11.get_include()], "extra_compile_args": flags()}
     common |= {"language": "c++", "optional": True}
     headers = glob("csrc/*/*.h") + glob("csrc/*/*.inl") + glob("csrc/*/*.cuh")
@@ -115,11 +118,16 @@ class BuildExt(build_ext):
             command += ["-gencode", f"arch=compute_{target},code=sm_{target}"]
         command += ["-gencode", f"arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
-        for source in (source for source in ext.sources if source.endswith(".cu")):
+
+        def compiled(source):
             to = Path(self.build_temp) / f"{source}.o"
             to.parent.mkdir(parents=True, exist_ok=True)
             run_nvcc(*command, "-c", source, "-o", str(to))
-            ext.extra_objects.append(str(to))
+            return str(to)
+
+        with ThreadPoolExecutor(os.cpu_count()) as jobs:
+            kernels = [source for source in ext.sources if source.endswith(".cu")]
+            ext.extra_objects += jobs.map(compiled, kernels)
         ext.depends = [*ext.depends, *ext.extra_objects]  # relinks when an object has changed
         ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
         super().build_extension(ext)
