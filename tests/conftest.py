@@ -2,15 +2,21 @@
 
 import functools
 import importlib.util
+import os
 import shutil
 import signal
 import sys
 import threading
 from pathlib import Path
 
-import emulated
-import pytest
-import torch
+# The workers of pytest-xdist share the cores, so each has its share of threads. Before torch is
+# imported, which reads this; the processes that tests start inherit it.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))
+
+import emulated  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ALGOS = Path(__file__).parent.parent / "algos"
 ATARI = ["dqn_atari", "ddqn_atari"]
