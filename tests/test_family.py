@@ -133,7 +133,7 @@ FAMILY = {
     "noisy_dqn_cartpole": Member("dqn_cartpole", OF_NOISY, 39, VECTORS + 20, 193),
     "c51_cartpole": Member("dqn_cartpole", OF_C51, 84, VECTORS + 45, 201),
     "qrdqn_cartpole": Member("dqn_cartpole", OF_QR, 55, VECTORS + 18, 189),
-    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN, 48, VECTORS + 28, 200),
+    "iqn_cartpole": Member("qrdqn_cartpole", OF_IQN | {"ENV_DEFAULTS"}, 52, VECTORS + 28, 200),
     "munchausen_dqn_cartpole": Member("dqn_cartpole", OF_MUNCHAUSEN, 27, VECTORS + 14, 186),
     "rainbow_cartpole": Member(
         "dqn_cartpole", OF_RAINBOW, 332, VECTORS + 267, 263, TAKEN_BY_RAINBOW
