@@ -124,7 +124,7 @@ OF_PQN = {
     *("FIXED_WITH_REPLAY", "ENV_DEFAULTS", "make_optimizer", "check_replay_args"),
 }
 FAMILY = {
-    "dqn_cartpole": Member(None, set(), None, VECTORS, 172),  # two lines of flags to try
+    "dqn_cartpole": Member(None, set(), None, VECTORS),
     "ddqn_cartpole": Member("dqn_cartpole", {"td_loss"}, 10, VECTORS),
     "dueling_dqn_cartpole": Member("dqn_cartpole", {"Args", "QNetwork"}, 16, VECTORS, 173),
     "nstep_dqn_cartpole": Member("dqn_cartpole", OF_NSTEP, 44, VECTORS + 30, REPLAY_TOP),
