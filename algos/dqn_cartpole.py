@@ -16,8 +16,8 @@ Deviations from the paper (its value in parentheses):
 4. theta^- lives 50 updates (10,000); epsilon ends at 0.05 (0.1) and is 0 in evaluation (0.05).
 
 Run: python algos/dqn_cartpole.py
-Try: --target-network-frequency 1 (theta^- is theta): Q is 546 to 617 at step 100,000 (true: about 70)
-     --buffer-size 128 --learning-starts 128 (hardly a replay): Q rises to 179 to 216 (true: about 70)
+Try: --target-network-frequency 1 (theta^- is theta): Q reaches about 600 (true: about 70)
+     --buffer-size 128 --learning-starts 128 (hardly a replay): about 200 (true: about 70)
 """
 
 import copy
