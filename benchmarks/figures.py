@@ -144,12 +144,13 @@ def styles(peers):
 def new_figure(title, note, height=3.9, **options):
     """(figure, axes) with a bold title, and a note below it in small letters."""
     figure, axes = pyplot().subplots(figsize=(WIDTH, height), layout="constrained", **options)
-    note, point = textwrap.fill(note, 90), 1 / 72 / height
+    title, note, point = textwrap.fill(title, 60), textwrap.fill(note, 90), 1 / 72 / height
     place = {"x": 0.01, "ha": "left", "va": "top"}
     figure.suptitle(title, y=1 - 5 * point, fontweight="bold", **place)
-    figure.text(y=1 - 22 * point, s=note, fontsize=SMALL, color=TEXT, **place)
+    below = 22 + 14 * title.count("\n")
+    figure.text(y=1 - below * point, s=note, fontsize=SMALL, color=TEXT, **place)
     lines = note.count("\n") + 1 if note else 0
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (24 + 12 * lines) * point))
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (below + 2 + 12 * lines) * point))
     return figure, axes
 
 

@@ -623,9 +623,8 @@ def curves(n, peers=0, same=False):
     "n, peers, same", [(1, 0, False), (4, 0, True), (2, 5, True), (3, 3, False)]
 )
 def test_labels_stand_at_the_ends_and_do_not_overlap(n, peers, same):
-    figure = figures.draw_curves(
-        [*curves(n, peers, same)], "title", "note " * 30, "steps", "return, higher is better"
-    )
+    title, note = "a long title " * 6, "note " * 30
+    figure = figures.draw_curves([*curves(n, peers, same)], title, note, "steps", "return, higher")
     check(figure)
     (axes,) = figure.axes
     right = axes.get_window_extent().x1
