@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 GRAPHS = [name for name in FRAMES if name != "pqn_atari"]
-STEPS, FIRST, EVERY = 400, 160, 40  # in all, before the first update, and between two
+STEPS, FIRST, EVERY = 240, 96, 24  # in all, before the first update, and between two
 SHORT = {"total_timesteps": STEPS, "learning_starts": FIRST, "train_frequency": EVERY}
 SHORT |= {"batch_size": 4, "eval_episodes": 0, "checkpoint_frequency": 0}
 LEARNED = ("q_network", "target_network")

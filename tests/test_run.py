@@ -135,8 +135,8 @@ def resume_cases():
     yield CARTPOLE[0], {"num_envs": 1}
     yield from ((name, {"num_envs": 3}) for name in VECTORS)
     # On Atari the replay is full between the checkpoint and the end.
-    short = {"total_timesteps": 900, "learning_starts": 300, "checkpoint_frequency": 450}
-    short |= {"eval_episodes": 0, "buffer_size": 700}
+    short = {"total_timesteps": 540, "learning_starts": 180, "checkpoint_frequency": 270}
+    short |= {"eval_episodes": 0, "buffer_size": 400, "train_frequency": 30}
     for buffer in ("numpy", "auto"):
         yield from ((ATARI[0], short | {"buffer": buffer, "num_envs": n}) for n in (1, 3))
     for name in FRAMES:
