@@ -68,6 +68,15 @@ def commit_of(checkout: str) -> str | None:
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
 
 
+def same_at(commit: str | None, other: str | None, *paths: str) -> bool:
+    """Whether files, or all files of folders, are the same at two commits of this repository.
+
+    False if git does not know a commit, or if it is None or ends in -dirty.
+    """
+    words = ["git", "-C", ROOT, "diff", "--quiet", str(commit), str(other), "--", *paths]
+    return commit == other or subprocess.run(words, capture_output=True).returncode == 0
+
+
 def quote(words) -> str:
     """A command that can be pasted into a shell in the repository's folder.
 

@@ -8,7 +8,8 @@ Trains DQN and Double DQN on the same seeds and compares them, after van Hasselt
 arXiv:1509.06461, figure 3. At every evaluation a script logs the mean of max_a Q(s, a) over the
 states visited, and the mean discounted return that followed from them; the difference is the
 over-estimation. Runs are those of train.py: with --runs a study that was stopped goes on, and
-the runs of a study of train.py with the same --env-ids and flags are used again.
+the runs of a study of train.py with the same --env-ids and flags are used again; with --earlier,
+those of its records.
 
 Two cases without a network stand beside it: the maximum of noisy means (dice), and Example 6.7 of
 Sutton and Barto. Without --record the tool only prints the report.
@@ -23,20 +24,20 @@ from pathlib import Path
 
 import numpy as np
 from figures import COLOURS, curve_of_runs, draw_curves, pyplot, save
-from machine import ROOT, clean_commit, commit_of, quote, write_record
+from machine import ROOT, clean_commit, commit_of, option, quote, write_record
 from tabular import SCRIPTS as TABLES
 from tabular import measure_bias, summary_of
 from train import (
     RESAMPLES,
     VALUES,
     Run,
+    add_study_arguments,
     bootstrap_interval,
-    check_study,
     figure_name,
     grouped,
     interquartile_mean,
-    read_run,
-    run_all,
+    report_of_earlier,
+    results_of,
     table_row,
 )
 
@@ -181,12 +182,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env-ids", nargs="+", default=["CartPole-v1"])
     parser.add_argument("--algorithms", nargs="+", default=["dqn", "ddqn"], help="names of files")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, help="folder that keeps the runs (default: none does)")
     parser.add_argument("--bias-runs", type=int, default=1_000, help="runs of Example 6.7")
-    parser.add_argument("--record", type=Path, help="folder of the record")
-    parser.add_argument("flags", nargs="*", help="after --: flags of the scripts")
+    add_study_arguments(parser)
     args = parser.parse_args()
     for name in ("env_ids", "algorithms", "seeds"):
         if len({*getattr(args, name)}) < len(getattr(args, name)):
@@ -213,12 +210,10 @@ def main():
     ]
     with contextlib.ExitStack() as stack:
         folder = args.runs
-        if folder:
-            check_study(folder, {"commit": commit, "flags": args.flags})
-        else:
+        if not folder:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleanq-values-")))
-        run_all([run for _, run in plan], args.flags, folder, args.jobs, keep=bool(args.runs))
-        found = [{"algorithm": name, **read_run(run, run.place(folder))} for name, run in plan]
+        found, _, machines = results_of([run for _, run in plan], args, commit, folder)
+    found = [{"algorithm": name, **run} for (name, _), run in zip(plan, found)]
     for run in found:
         if not run.keys() >= VALUES.keys():
             sys.exit(f"error: {run['script']}.py logs no values; give files with a network.")
@@ -230,7 +225,7 @@ def main():
     commands = ["", "Each run:", "", "```bash"]
     flags = ["--env-id", "ENV", *args.flags]
     commands += [quote(["python", "algos/SCRIPT.py", *flags]) + " --seed SEED", "```"]
-    report = "\n".join([*lines, *commands])
+    report = "\n".join([*lines, *commands]) + report_of_earlier(found, machines)
     print(report)
     if not args.record:
         return
@@ -239,7 +234,8 @@ def main():
         for (env_id,), runs in grouped(found, "env_id").items()
     }
     results = {"runs": found, "dice": by_dice, "bias_runs": args.bias_runs}
-    results["left"] = fractions
+    results |= {"left": fractions, "flags": [*map(option, args.flags)]}
+    results["earlier_machines"] = machines
     write_record(args.record, results, report, commit)
     with open(args.record / "values.csv", "w") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -155,8 +155,9 @@ def measure_store(apex, args, blocks):
     return rates, replays
 
 
-def measure_learn(apex, args, replay):
-    """Updates per second of each turn, as in the loop of the file."""
+def measure_learn(apex, args, replay, threads):
+    """Updates per second as in the loop of the file, and the processor seconds of an update, both
+    for each turn."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,15 +176,18 @@ def measure_learn(apex, args, replay):
         optimizer.step()
         return loss.item()
 
+    torch.set_num_threads(threads)
     update(), update()
-    rates = []
+    rates, costs = [], []
     for _ in range(args.repeats):
-        begin, updates = time.perf_counter(), 0
+        begin, processor, updates = time.perf_counter(), time.process_time(), 0
         while (seconds := time.perf_counter() - begin) < args.seconds or updates < 3:
             update()
             updates += 1
         rates.append(updates / seconds)
-    return rates
+        costs.append((time.process_time() - processor) / updates)
+    torch.set_num_threads(1)
+    return rates, costs
 
 
 def measure_broadcast(apex, args):
@@ -236,13 +240,14 @@ def rate_and_share(events):
 
 
 def costs_of(found):
-    """Medians of a measurement, as the model takes them; seconds are those of one core or GPU."""
+    """Medians of a measurement, as the model takes them."""
     rows = found["rows a step"]  # rows in the replay for an agent step: a block has context
     return {
         "actor": 1 / median(found["actors"]["1"]),  # seconds of an agent step
         "receive": rows * median(found["receive"]),  # seconds of the learner for an agent step
         "store": rows / median(found["store"][found["storage"]]),
         "update": 1 / median(found["learn"]),  # seconds of an update
+        "processor": median(found["learn, processor"]),  # its processor seconds, of all threads
         "bytes": rows * found["bytes a row"],  # sent for an agent step
         "weights": found["bytes of the weights"],
         "steps an update": found["steps an update"],
@@ -254,8 +259,10 @@ def costs_of(found):
 def predict(costs, actors, cores):
     """Agent steps per second of `actors` and a learner on `cores` of one machine, and the share of
     its time that the learner waits."""
-    learner = costs["receive"] + costs["store"] + costs["update"] / costs["steps an update"]
-    limits = [actors / costs["actor"], 1 / learner, cores / (costs["actor"] + learner)]
+    rows = costs["receive"] + costs["store"]
+    learner = rows + costs["update"] / costs["steps an update"]
+    processor = costs["actor"] + rows + costs["processor"] / costs["steps an update"]
+    limits = [actors / costs["actor"], 1 / learner, cores / processor]
     return min(limits), 1 - min(limits) * learner
 
 
@@ -328,6 +335,7 @@ def report_of(found):
     rows.append(["receiving, processor time", spread(microseconds), "us a row"])
     rows += [[f"into the replay, {k}", spread(v), "rows/s"] for k, v in found["store"].items()]
     rows.append([f"updates of {found['batch']} transitions", spread(found["learn"]), "updates/s"])
+    rows.append(["an update, processor time", spread(found["learn, processor"]), "s"])
     milliseconds = [1e3 * x for x in found["broadcast"]]
     rows.append(["broadcast of the weights", spread(milliseconds), "ms"])
     lines += table(["part", "rate", "unit"], rows)
@@ -408,6 +416,7 @@ def main():
     if args.buffer == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --buffer cuda needs a CUDA GPU, and torch finds none: use --buffer cpp.")
     apex = load_apex()
+    threads = torch.get_num_threads()  # those of the file's learner
     torch.set_num_threads(1)
     defaults, gpu = apex.RunArgs(), torch.cuda.is_available()
     found = {"env_id": args.env_id, "repeats": args.repeats, "cores": os.cpu_count()}
@@ -415,7 +424,7 @@ def main():
     found |= {"capacity": defaults.buffer_size, "steps an update": defaults.train_frequency}
     found |= {"steps a broadcast": defaults.broadcast_frequency, "actors": {}}
     found |= {"storage": "plain" if args.buffer == "cuda" else "tiles"}  # the file's own choice
-    found["device"] = torch.cuda.get_device_name() if gpu else "one core"
+    found["device"] = torch.cuda.get_device_name() if gpu else f"{threads} threads"
     for count in sorted({1, *args.actors}):
         found["actors"][str(count)], last = measure_actors(apex, args, count)
         blocks = last or blocks  # noqa: F821 - those of one actor, which is measured first
@@ -428,7 +437,8 @@ def main():
     found["store"], replays = measure_store(apex, args, blocks)
     for storage, rates in found["store"].items():
         print(f"replay, {storage}: {spread(rates)} rows/s", flush=True)
-    found["learn"] = measure_learn(apex, args, replays[found["storage"]])
+    replay = replays[found["storage"]]
+    found["learn"], found["learn, processor"] = measure_learn(apex, args, replay, threads)
     print(f"learner: {spread(found['learn'])} updates/s", flush=True)
     found["broadcast"], found["bytes of the weights"] = measure_broadcast(apex, args)
     found["whole"] = {str(count): [] for count in args.actors}

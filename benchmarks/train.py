@@ -7,7 +7,8 @@
 
 Every run is `python algos/SCRIPT.py --env-id ENV --seed SEED`; flags after `--` go to every script.
 With --runs the runs stay in that folder, and the same command, given again after a kill, goes on
-where it stopped: finished runs are kept, others continue from their checkpoint, bit for bit.
+where it stopped: finished runs are kept, others continue from their checkpoint, bit for bit. With
+--earlier, runs of records are not made again, as long as the script and csrc/ are the same.
 Without --record the tool only prints the report. With it, the record's folder contains README.md
 (report, command, commit, versions, machine), the figures, evaluations.csv and results.json; and of
 each script and environment the network of the run with the median result, for `--evaluate`.
@@ -32,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 from figures import curve_of_runs, draw_curves, pyplot, save, short_names
-from machine import ROOT, clean_commit, commit_of, quote, write_record
+from machine import ROOT, clean_commit, commit_of, option, quote, same_at, write_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESAMPLES = 10_000
@@ -404,18 +405,20 @@ def draw(runs, goal):
 def networks_of(runs, places):
     """Of each script and environment, what `--evaluate` needs of the run with the median result.
 
-    `places`: the folders of the runs. Returns {file name: a checkpoint without what only training
-    needs}. Networks of more than LARGEST_NETWORK bytes are left out; tables are no networks.
+    `places`: the folders of the runs, or the records that they come from. Returns {file name: a
+    checkpoint without what only training needs}. Networks of more than LARGEST_NETWORK bytes are
+    left out; tables are no networks.
     """
     networks, place_of = {}, {id(run): place for run, place in zip(runs, places)}
     for group in grouped(runs, "script", "env_id").values():
         run = sorted(group, key=lambda run: run["final_return"])[(len(group) - 1) // 2]
-        for checkpoint in place_of[id(run)].glob("runs/*/checkpoint.pt"):  # one
+        name = f"{run['script']}_{run['env_id'].replace('/', '-')}_seed_{run['seed']}.pt"
+        place = place_of[id(run)]
+        for file in [*place.glob("runs/*/checkpoint.pt"), *place.glob(f"networks/{name}")]:  # one
             import torch  # takes seconds
 
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             if sum(x.nbytes for x in state["q_network"].values()) <= LARGEST_NETWORK:
-                name = f"{run['script']}_{run['env_id'].replace('/', '-')}_seed_{run['seed']}.pt"
                 parts = copy.deepcopy({part: state[part] for part in EVALUATED_PARTS})
                 networks[name] = parts  # a copy: the file may be deleted
     return networks
@@ -440,17 +443,27 @@ def page_of_networks(networks, record):
     return f"\n\n{text}:\n\n```bash\n{command}\n```"
 
 
+def add_study_arguments(parser):
+    """What every tool takes that trains runs with `results_of`."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the runs (default: none does)")
+    parser.add_argument(
+        "--earlier", type=Path, nargs="+", default=[], help="records whose runs are not made again"
+    )
+    parser.add_argument("--record", type=Path, help="folder of the record")
+    parser.add_argument("flags", nargs="*", help="after --: flags of the scripts")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", required=True, help="files in algos/, without .py")
     parser.add_argument("--env-ids", nargs="+", default=[None], help="default: each script's own")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--goal", type=float, help="return that the final evaluation should reach")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, help="folder that keeps the runs (default: none does)")
-    parser.add_argument("--record", type=Path, help="folder of the record")
-    parser.add_argument("flags", nargs="*", help="after --: flags of the scripts")
+    add_study_arguments(parser)
     args = parser.parse_args()
+    if args.earlier and args.env_ids == [None]:
+        parser.error("--earlier needs --env-ids")
     there = sorted(file.stem for file in (ROOT / "algos").glob("*.py"))
     for script in args.scripts:
         if script not in there:
@@ -467,8 +480,81 @@ def parse_args():
     return args
 
 
-def check_study(folder, study, option="--runs"):
-    """Exit if the runs in `folder`, given by `option`, are of another commit or other arguments."""
+def results_of(runs, args, commit, folder):
+    """Train the runs in `folder` that no record in args.earlier contains; read all.
+
+    Returns the results in the order of `runs`; where each run is, a folder or a record; and the
+    machines of the earlier ones.
+    """
+    found, place_of, machines = earlier_runs(args.earlier, runs, args.flags, commit)
+    new = [run for run in runs if run not in found]
+    if args.runs:
+        check_study(folder, {"commit": commit, "flags": args.flags}, {run.script for run in runs})
+    run_all(new, args.flags, folder, args.jobs, keep=bool(args.runs))
+    place_of |= {run: run.place(folder) for run in new}
+    found |= {run: read_run(run, place_of[run]) | {"commit": commit} for run in new}
+    return [found[run] for run in runs], [place_of[run] for run in runs], machines
+
+
+def earlier_runs(records, runs, flags, commit):
+    """Those of `runs` that earlier records contain, made with these flags and by the same files.
+
+    Returns ({run: its results}, {run: its record}, {commit: the machine, of each run}).
+    """
+    found, place_of, machines = {}, {}, {}
+    for record in records:
+        try:
+            results = json.loads((record / "results.json").read_text())
+            before = results["flags"]
+        except OSError as e:
+            sys.exit(f"error: --earlier {record}: {e.strerror}: {e.filename}.")
+        except KeyError:
+            sys.exit(f"error: --earlier {record}: no record of train.py that names its flags.")
+        if before != (today := [*map(option, flags)]):
+            sys.exit(f"error: --earlier {record}: its flags are {before}, not {today}.")
+        machine = results["machine"]
+        machines |= {machine["commit"]: machine} | results["earlier_machines"]
+        there = {(run["script"], run["env_id"], run["seed"]): run for run in results["runs"]}
+        for run in runs:
+            if run not in there or run in found:
+                continue
+            made_at = there[run]["commit"]
+            if not same_at(made_at, commit, f"algos/{run.script}.py", "csrc"):
+                sys.exit(
+                    f"error: --earlier {record}: algos/{run.script}.py or csrc/ is not what it was "
+                    f"at commit {made_at[:12]}; train it again, without this record."
+                )
+            found[run], place_of[run] = there[run], record
+    used = {run["commit"] for run in found.values()}
+    return found, place_of, {made_at: machines[made_at] for made_at in used}
+
+
+def report_of_earlier(found, machines):
+    """Where the runs of earlier records come from, in Markdown; empty without any."""
+    lines = []
+    for (script, env_id, made_at), group in grouped(found, "script", "env_id", "commit").items():
+        if made_at in machines:
+            machine, seeds = machines[made_at], ", ".join(str(run["seed"]) for run in group)
+            lines.append(f"- `{script}.py`, {env_id}, seed{'s' * (len(group) > 1)} {seeds}: ")
+            lines[-1] += f"commit {made_at}, {machine['date']}, {machine['processor']}"
+    head = (
+        "\n\nThese runs are from earlier records; the scripts and csrc/ are the same as today:\n\n"
+    )
+    return head + "\n".join(lines) if lines else ""
+
+
+def check_study(folder, study, scripts):
+    """Exit if the runs in `folder` have other flags, or if their commit has other files."""
+    file = folder / "study.json"
+    before = json.loads(file.read_text())["commit"] if file.exists() else None
+    files = [*(f"algos/{script}.py" for script in scripts), "csrc"]
+    if before != study["commit"] and same_at(before, study["commit"], *files):
+        study = study | {"commit": before}
+    check_same(folder, study, "--runs")
+
+
+def check_same(folder, study, option):
+    """Exit if `folder`, given by `option`, is of another commit or other arguments."""
     file = folder / "study.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists():
@@ -497,23 +583,20 @@ def main():
     runs = [Run(*x) for x in product(args.scripts, args.env_ids, args.seeds)]
     with contextlib.ExitStack() as stack:
         folder = args.runs
-        if folder:
-            check_study(folder, {"commit": commit, "flags": args.flags})
-        else:
+        if not folder:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cleanq-train-")))
-        run_all(runs, args.flags, folder, args.jobs, keep=bool(args.runs))
-        places = [run.place(folder) for run in runs]
-        found = [read_run(run, place) for run, place in zip(runs, places)]
+        found, places, machines = results_of(runs, args, commit, folder)
         networks = networks_of(found, places) if args.record else {}
     for run in found:
         run |= {} if args.goal is None else goal_of(run, args.goal)
-    report = report_of(found, args.flags, args.goal)
+    report = report_of(found, args.flags, args.goal) + report_of_earlier(found, machines)
     print(report)
     if not args.record:
         return
     by_env = {env_id: group for (env_id,), group in grouped(found, "env_id").items()}
     figures = {figure_name(env_id, [*by_env]): draw(by_env[env_id], args.goal) for env_id in by_env}
-    results = {"goal": args.goal, "jobs": args.jobs, "runs": found}
+    results = {"goal": args.goal, "jobs": args.jobs, "flags": [*map(option, args.flags)]}
+    results |= {"runs": found, "earlier_machines": machines}
     write_record(args.record, results, report + page_of_networks(networks, args.record), commit)
     if networks:
         write_networks(networks, args.record / "networks")

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from figures import pyplot
 from machine import ROOT, clean_commit, commit_of, write_record
-from train import check_study, locked, table_row
+from train import check_same, locked, table_row
 
 try:
     import optuna
@@ -373,7 +373,7 @@ def main():
             keys += ("sampler", "sampler_seed", "pruner", "prune_after")
             same = {key: getattr(args, key) for key in keys}
             same["search"] = {name: describe_range(x) for name, x in space.items()}
-            check_study(folder, {"commit": commit, **same}, "--study")
+            check_same(folder, {"commit": commit, **same}, "--study")
             lock = locked(folder)
             if not lock:
                 sys.exit(f"error: another call of this tool is at work in {folder}.")

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -72,13 +73,8 @@ NO_GIT = {key: value for key, value in os.environ.items() if not key.startswith(
 
 
 def run(folder, *words, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, words)],
-        cwd=cwd or folder,
-        capture_output=True,
-        text=True,
-        env=NO_GIT | environment,
-    )
+    command = [sys.executable, "-W", "ignore", *words]
+    return forked.run(command, cwd=cwd or folder, env=NO_GIT | environment)
 
 
 def git(folder, *words):
@@ -407,6 +403,41 @@ def test_a_study_has_one_commit_and_one_set_of_flags(repository, tmp_path):
     done = run(repository, *words, "--record", "record")
     assert done.returncode != 0 and "the same commit" in done.stderr
     assert not (repository / "record").exists()
+    git(repository, "revert", "--no-edit", "HEAD")  # another commit, the same script
+    done = run(repository, *words, "--record", "record")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 of 1 runs are done already")
+
+
+def test_a_study_goes_on_from_an_earlier_record(repository):
+    words = [*TRAIN, "--env-ids", "Acrobot-v1"]
+    assert run(repository, *words, "--seeds", 1, 2, "--record", "first").returncode == 0
+    first = git(repository, "rev-parse", "HEAD").strip()
+    (repository / "notes").write_text("")
+    git(repository, "add", "notes")
+    git(repository, "commit", "-qm", "not of the script")
+    earlier = [*words, "--seeds", 1, 2, 3, 4, "--earlier", "first"]
+    done = run(repository, *earlier, "--record", "second")
+    assert done.returncode == 0, done.stderr
+    trained = [line for line in done.stdout.splitlines() if " min (" in line]
+    assert [line.split(":")[0] for line in trained] == [f"script Acrobot-v1 seed {i}" for i in "34"]
+    assert f"- `script.py`, Acrobot-v1, seeds 1, 2: commit {first}, " in done.stdout
+    # Records of records; all runs are as if they had been made at once.
+    done = run(repository, *words, "--seeds", 2, 4, "--earlier", "first", "second")
+    assert done.returncode == 0 and " min (" not in done.stdout
+    assert f"seed 2: commit {first}, " in done.stdout and "seed 4: commit " in done.stdout
+    at_once = run(repository, *words, "--seeds", 1, 2, 3, 4)
+    report = at_once.stdout[at_once.stdout.index("# script on") :].rstrip()
+    assert report in (repository / "second" / "README.md").read_text()
+    done = run(repository, *earlier, "--", "--total-timesteps", 200)
+    assert done.returncode != 0 and done.stderr.startswith("error: --earlier first: its flags are")
+    done = run(repository, *words, "--earlier", "third")
+    assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
+    edit(repository)
+    git(repository, "commit", "-qam", "edited")
+    done = run(repository, *earlier, "--record", "fourth")
+    assert done.returncode != 0 and "is not what it was at commit" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (repository / "fourth").exists()
 
 
 def test_the_contents_of_a_record_of_a_matrix(repository):

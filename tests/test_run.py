@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def flags(options):
 
 def run(name, options, cwd, **kwargs):
     command = [sys.executable, str(ALGOS / f"{name}.py"), *flags(options)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **kwargs)
+    return forked.run(command, cwd=cwd, **kwargs)
 
 
 def main_in_process(script, options, monkeypatch):
@@ -467,7 +468,7 @@ def test_a_signal_saves_and_prints_the_resume_command(name, number, in_tmp):
     step = torch.load(in_tmp / command[-1], weights_only=True)["global_step"]
     assert step > 0
     command += ["--total-timesteps", str(step + 50)]
-    resumed = subprocess.run(command, cwd=in_tmp, capture_output=True, text=True)
+    resumed = forked.run(command, cwd=in_tmp)
     assert resumed.returncode == 0, resumed.stderr
 
 
@@ -1101,7 +1102,7 @@ def test_a_missing_wandb_is_reported_by_name(in_tmp, monkeypatch):
 
 def test_help_names_every_argument_with_its_meaning():
     command = [sys.executable, str(ALGOS / "ddqn_atari.py"), "--help"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forked.run(command)
     assert result.returncode == 0
     output = " ".join(result.stdout.replace("│", " ").split())
     for field in dataclasses.fields(load("ddqn_atari").RunArgs):

@@ -1,11 +1,10 @@
 """benchmarks/scale.py: the model of many actors, and a short measurement."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 
@@ -18,6 +17,7 @@ COSTS = {
     "receive": 2e-6,
     "store": 3e-6,
     "update": 0.032,  # at one in 640 steps: 50 us a step
+    "processor": 0.032,  # of one thread
     "bytes": 8_000,
     "weights": 10_000_000,
     "steps an update": 640,
@@ -26,24 +26,28 @@ COSTS = {
 }
 
 
-def simulate(actors, cores, seconds=2.0, tick=1e-4):
-    """A plain loop: the learner takes the blocks that are there, the actors have the rest of the
-    cores, and never more than two blocks of 50 steps each on the way, as in the file.
-    -> agent steps per second, share of waiting"""
-    learner = COSTS["receive"] + COSTS["store"] + COSTS["update"] / COSTS["steps an update"]
+def simulate(costs, threads, actors, cores, seconds=2.0, tick=1e-4):
+    """A plain loop: the learner takes the blocks that are there, on `threads` cores; the actors
+    have the rest of the cores, and never more than two blocks of 50 steps each on the way, as in
+    the file. -> agent steps per second, share of waiting"""
+    learner = costs["receive"] + costs["store"] + costs["update"] / costs["steps an update"]
     steps_ready, learned, idle = 0.0, 0.0, 0.0
     for _ in range(round(seconds / tick)):
         busy = min(steps_ready * learner, tick, cores * tick)
-        playing = min(actors, cores - busy / tick) * tick if steps_ready < 100 * actors else 0
-        steps_ready += playing / COSTS["actor"] - busy / learner
+        free = max(cores - threads * busy / tick, 0)
+        playing = min(actors, free) * tick if steps_ready < 100 * actors else 0
+        steps_ready += playing / costs["actor"] - busy / learner
         learned, idle = learned + busy / learner, idle + tick - busy
     return learned / seconds, idle / seconds
 
 
-@pytest.mark.parametrize("actors, cores", [(1, 8), (8, 16), (64, 100), (4, 2), (1, 1)])
-def test_the_model_predicts_a_simulated_machine(actors, cores):
-    rate, share = predict(COSTS, actors, cores)
-    simulated_rate, simulated_share = simulate(actors, cores)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("actors, cores", [(1, 8), (8, 16), (64, 100), (4, 2), (2, 2), (1, 1)])
+def test_the_model_predicts_a_simulated_machine(threads, actors, cores):
+    """A learner whose updates last 0.4 s on one thread: its share of the work is large."""
+    costs = COSTS | {"update": 0.4 / threads, "processor": 0.4}
+    rate, share = predict(costs, actors, cores)
+    simulated_rate, simulated_share = simulate(costs, threads, actors, cores)
     assert rate == pytest.approx(simulated_rate, rel=0.1)
     assert share == pytest.approx(simulated_share, abs=0.1)
 
@@ -90,9 +94,7 @@ def test_spread():
 
 
 def scale(*words):
-    command = [sys.executable, str(ROOT / "benchmarks" / "scale.py"), *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return forked.run([sys.executable, ROOT / "benchmarks" / "scale.py", *words])
 
 
 @pytest.mark.parametrize(

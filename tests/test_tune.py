@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from test_benchmarks import NO_GIT, git, make_repository
@@ -133,8 +134,7 @@ def command(repository, *words):
 
 
 def tune(repository, *words):
-    words = command(repository, *words)
-    return subprocess.run(words, capture_output=True, text=True, env=NO_GIT, cwd=repository)
+    return forked.run(command(repository, *words), cwd=repository, env=NO_GIT)
 
 
 def trials_of(study):
