@@ -3,18 +3,18 @@
     y = R + gamma^k Q(s_{t+k}, argmax_a' Q(s_{t+k}, a'; theta); theta^-),    R: k <= n rewards
     p = |y - Q(s_t, a_t)| + eps;    game i of N explores with epsilon_i = 0.4^(1 + 7 i / (N - 1))
 
-Playing is spread over many processes, the actors, each with its own epsilons, so that the learner
-sees many ways to play. Its replay would fill with new transitions of the largest priority; so the
-actors compute the priorities themselves, from the action values that they have anyway.
+Many processes, the actors, play with different epsilons, so the data are diverse. If all new
+transitions got the largest priority, they would dominate the replay. So an actor computes their
+priorities itself, from the action values that it has anyway.
 
 Parent: dueling_ddqn_atari.py. What changes: Actor, its Block, and the loop; n-step returns; the
 prioritized replay of per_ddqn_atari.py; the paper's settings. Below the line: the calls to Ray.
 
 Deviations from the paper (its value in parentheses):
-1. The learner waits for the actors, or they for it: one update in --train-frequency agent steps
-   (both run freely: about one in 660, from its 12,500 steps and 19 updates a second).
-2. An actor plays 8 games with 8 epsilons, batched (one game). One actor for each core (360 actors).
-   The actors get theta every 2,000 agent steps of all (every 400 frames of their own).
+1. One update per --train-frequency agent steps; the faster side waits (both run freely: about one
+   per 660, from 12,500 steps and 19 updates a second).
+2. An actor plays 8 games with 8 epsilons, batched (one game). One actor per core, less one (360).
+   Actors get theta every 2,000 agent steps of all actors (400 frames of their own).
 3. The replay is a ring of rows (2M, trimmed every 100 updates); a tenth complete the stacks and
    returns of others. Adam (RMSProp, 6.25e-5, epsilon 1.5e-7).
 4. The Huber loss (half the squared error), unless --loss mse. 10M agent steps of 4 frames; games

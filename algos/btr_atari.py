@@ -6,22 +6,22 @@
 
 Rainbow with IQN in place of C51, Munchausen's policy pi = softmax(Q(.; theta^-) / T) in place of
 Double Q-learning, a residual network, and 64 games for one large batch. Quantiles need no bounds of
-the return; spectral norm bounds by how much a layer of the deeper network can amplify its input.
+the return. Spectral normalization bounds how much a layer can amplify its input.
 
 Parent: rainbow_atari.py. What changes: Residual, QNetwork, td_loss, an epsilon beside the noise,
 the paper's settings; [file] or [paper] names where a block comes from. Five parts have a switch.
 
 Deviations from the paper, and from the authors' code where the paper is silent:
-1. 10M agent steps of 4 frames (paper: 50M). What follows the length of a run shrinks with it: beta,
-   and epsilon, which decays as in the code and is 0 in the second half of the run.
+1. 10M agent steps of 4 frames (paper: 50M). The schedules of beta and epsilon shrink with the run.
+   Epsilon decays as in the code and is 0 in the second half of the run.
 2. A life lost ends an episode, and the v4 games have no sticky actions (paper: neither; take
    ALE/Breakout-v5 for sticky actions). FIRE is pressed once, when a game starts.
 3. In evaluation the tau are midpoints (code: drawn). The noise is off and epsilon 0.01, as there.
 4. The streams' hidden layers are one layer of 2 x 512, so they share the noise of their inputs, and
    each pass through the network draws new noise (code: theta learns with that of its last action).
-5. Not taken from the code: it draws a batch from the buffer of a single game, takes the last frame
-   of an episode for the first state of the next, treats truncation as termination, and takes
-   pi(a|s) of theta (Munchausen's paper: theta^-).
+5. Not followed: the code draws each batch from one game's buffer, puts an episode's last frame into
+   the first state of the next one, treats truncation as termination, and computes pi(a|s) with
+   theta (Munchausen's paper: theta^-).
 With --n-step above 1 the bonus of the first action alone is added, as in the code.
 
 Run: python algos/btr_atari.py --env-id ALE/Breakout-v5

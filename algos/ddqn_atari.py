@@ -13,7 +13,7 @@ Deviations from the paper:
    one for all).
 2. 10M agent steps of 4 frames (paper: 50M). Epsilon ends at 0.01 and is 0.01 in evaluation (paper,
    tuned: 0.01 and 0.001); games last up to 30 minutes (paper, from no-op starts: 5).
-3. theta^- lives 1,000 agent steps, which are 250 updates (paper, tuned: 30,000 frames).
+3. Target period 1,000 agent steps, which are 250 updates (paper, tuned: 30,000 frames).
 4. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
 
 As published (untuned): the flags that dqn_atari.py gives.

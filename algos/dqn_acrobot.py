@@ -13,7 +13,7 @@ early at -200. Evaluations play the environment itself: reward -1, at most 500 s
 Parent: dqn_cartpole.py. What changes: --reward, --max-episode-steps, --hidden-sizes, --stop-return.
 
 Deviations from the paper: those of dqn_cartpole.py, but 2: a learning rate of 1e-3, an
-update every 2 steps, replay 200,000, start 2,000; and 4: theta^- lives 250 updates.
+update every 2 steps, replay 200,000, start 2,000; and 4: target period 250 updates.
 In Korean course notes the exercise has three hidden layers of 512, gamma 1, 1,000 random samples
 after each episode, and theta^- refreshed every 50 episodes. This file counts steps; with episodes
 of 100 steps, this is closest (seed 1: -148):
@@ -102,7 +102,7 @@ class Replay:
 
 
 class QNetwork(nn.Module):
-    """Hidden layers: (B, D) observations -> (B, A) action values. Pictures: a convolution."""
+    """Hidden layers: (B, D) observations -> (B, A) action values. Images: a convolution."""
 
     def __init__(self, obs_space, n_actions: int, hidden_sizes: tuple = Args.hidden_sizes):
         super().__init__()

@@ -12,7 +12,7 @@ the order of the loop, so that the games play while the network learns.
 Deviations from the paper (its value in parentheses):
 1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp; the last convolution is
    flattened by row, column, channel. PyTorch initialises as Torch did for the paper.
-2. 10M agent steps of 4 frames (50M). theta^- lives 1,000 of them, which are 250 updates (10,000).
+2. 10M agent steps of 4 frames (50M). Target period 1,000 of them: 250 updates (10,000).
 3. Epsilon ends at 0.01 (0.1) and is 0.01 in evaluation (0.05). Games are cut after 30 minutes (5).
 4. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
 

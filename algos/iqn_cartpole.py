@@ -9,8 +9,8 @@ Z_tau, the quantile at any tau. Q is the mean of Z_tau over tau, estimated with 
 Parent: qrdqn_cartpole.py. What changes: the arguments for tau, QNetwork, the tau in td_loss.
 
 Deviations from the paper (its value in parentheses): those of qrdqn_cartpole.py, and
-1. N = N' = 8 (64). K is 32, as in the paper. phi multiplies the last hidden layer (the output
-   of the convolutions, below it). i counts from 0. In evaluation the K tau are midpoints (drawn).
+1. N = N' = 8 (64). phi multiplies the last hidden layer (the output of the convolutions). In
+   evaluation the K tau are midpoints (drawn).
 2. kappa is 10 (1): returns reach 100 here, some 10 in Atari games. Adam at 2.5e-4 (5e-5).
 
 Run: python algos/iqn_cartpole.py
@@ -254,11 +254,11 @@ VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
 FRAMES_PER_SECOND = 30  # of a film
 FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
 # Defaults for MinAtar: those of Obando-Ceron and Castro, 2021, arXiv:2011.14826, but for the steps
-# (10M), the network (theirs has no hidden layer after the convolution) and the annealed rate.
+# (10M), the network (no hidden layer after the convolution) and the learning rate (1e-4, constant).
 ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
-        "learning_rate": 1e-4,
+        "learning_rate": 2.5e-4,
         "kappa": 1.0,
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,

@@ -11,7 +11,7 @@ Parent: dqn_cartpole.py. What changes: three arguments, tau_log_pi, the target i
 Deviations from the paper (its value in parentheses): 1 and 3 of dqn_cartpole.py, and
 1. Adam at 2.5e-4, annealed to 0, its epsilon 1e-8 (5e-5, 0.01/32); batch 128 (32), an update every
    10 steps (4), replay 10,000 (1M), start 10,000 (20,000).
-2. theta^- lives 500 steps (8,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation.
+2. Target period 500 steps (8,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation.
 alpha, tau and l0 are the paper's, though the rewards here are not clipped.
 
 Run: python algos/munchausen_dqn_cartpole.py
@@ -92,7 +92,7 @@ class Replay:
 
 
 class QNetwork(nn.Module):
-    """Two hidden layers: (B, D) observations -> (B, A) action values. Pictures: a convolution."""
+    """Two hidden layers: (B, D) observations -> (B, A) action values. Images: a convolution."""
 
     def __init__(self, obs_space, n_actions: int):
         super().__init__()

@@ -106,7 +106,7 @@ class NoisyLinear(nn.Linear):
 
 
 class QNetwork(nn.Module):
-    """Two hidden layers: (B, D) observations -> (B, A) action values. Pictures: a convolution."""
+    """Two hidden layers: (B, D) observations -> (B, A) action values. Images: a convolution."""
 
     def __init__(self, obs_space, n_actions: int, args: Args):
         super().__init__()

@@ -114,7 +114,7 @@ class NStep:
 
 
 class QNetwork(nn.Module):
-    """Two hidden layers: (B, D) observations -> (B, A) action values. Pictures: a convolution."""
+    """Two hidden layers: (B, D) observations -> (B, A) action values. Images: a convolution."""
 
     def __init__(self, obs_space, n_actions: int):
         super().__init__()

@@ -124,7 +124,7 @@ class PrioritizedReplay(Replay):
 
 
 class QNetwork(nn.Module):
-    """Two hidden layers: (B, D) observations -> (B, A) action values. Pictures: a convolution."""
+    """Two hidden layers: (B, D) observations -> (B, A) action values. Images: a convolution."""
 
     def __init__(self, obs_space, n_actions: int):
         super().__init__()

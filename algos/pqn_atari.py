@@ -3,19 +3,19 @@
     G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)]
     theta <- theta - lr grad 1/2 (G_t - Q(s_t, a_t; theta))^2
 
-E games take T steps each; the E T transitions are learned from a few times and forgotten.
+E games take T steps each; the E T transitions are used for a few epochs, then discarded.
 LayerNorm bounds what the last layer sees, which keeps Q-learning stable without theta^-. Many games
 at once make the transitions of a minibatch differ, as a replay would.
 
 Parent: dqn_atari.py. What changes: a rollout instead of the replay, lambda-returns, LayerNorm; no
 target network.
 
-Deviations from the paper, whose code is meant where the paper is silent:
-1. s_{t+1} of a game that is cut off bootstraps, from its true last observation. The authors' code
-   and CleanRL's treat the cut as a termination.
+Deviations from the paper, and from its code where the paper is silent:
+1. A truncated episode bootstraps from its true last observation. The authors' code and CleanRL's
+   treat truncation as termination.
 2. 10M agent steps (paper: 50M). LayerNorm's epsilon 1e-5 (1e-6); the weights' normal distribution
    is not truncated; the head has PyTorch's default initialisation.
-3. Evaluation with epsilon 0.01 (0). Steps after the last whole rollout are not learned from.
+3. Evaluation with epsilon 0.01 (0). Steps after the last whole rollout are not used.
 4. FIRE is pressed once, when a game starts; the agent must do it after a life.
 
 Run: python algos/pqn_atari.py --env-id BreakoutNoFrameskip-v4

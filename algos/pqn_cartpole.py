@@ -3,19 +3,19 @@
     G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)]
     theta <- theta - lr grad 1/2 (G_t - Q(s_t, a_t; theta))^2
 
-E environments take T steps each; the E T transitions are learned from a few times and forgotten.
+E environments take T steps each; the E T transitions are used for a few epochs, then discarded.
 LayerNorm bounds what the last layer sees, which keeps Q-learning stable without theta^-. Many
 environments at once make the transitions of a minibatch differ, as a replay would.
 
 Parent: dqn_cartpole.py. What changes: a rollout instead of the replay, lambda-returns, LayerNorm;
 no target network.
 
-Deviations from the paper, whose code is meant where the paper is silent:
-1. s_{t+1} of an episode that a time limit cuts bootstraps, from its true last observation. The
-   authors' code and CleanRL's treat a time limit as a termination.
+Deviations from the paper, and from its code where the paper is silent:
+1. A truncated episode bootstraps from its true last observation. The authors' code and CleanRL's
+   treat truncation as termination.
 2. PyTorch's initialisation (LeCun's), LayerNorm's epsilon 1e-5 (1e-6). MinAtar: 1M steps (10M).
 3. The learning rate and epsilon follow the steps, not the number of rollouts. Steps after the last
-   whole rollout are not learned from: 288 of 500,000.
+   whole rollout are not used: 288 of 500,000.
 
 Run: python algos/pqn_cartpole.py
 """

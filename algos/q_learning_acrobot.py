@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
 
 class QNetwork(nn.Module):
-    """Hidden layers: (B, D) observations -> (B, A) action values. Pictures: a convolution."""
+    """Hidden layers: (B, D) observations -> (B, A) action values. Images: a convolution."""
 
     def __init__(self, obs_space, n_actions: int, hidden_sizes: tuple = Args.hidden_sizes):
         super().__init__()

@@ -13,7 +13,7 @@ Deviations from the paper (its value in parentheses):
 1. Environments, network, rewards and steps: as deviation 1 of dqn_cartpole.py. 25 quantiles (200).
 2. Adam at 1e-3, annealed to 0 (5e-5); batch 128 (32), an update every 10 steps (4), replay
    10,000 (1M), start 10,000 (50,000).
-3. theta^- lives 500 steps (10,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation (0.001).
+3. Target period 500 steps (10,000); epsilon ends at 0.05 (0.01) and is 0 in evaluation (0.001).
 
 Run: python algos/qrdqn_cartpole.py
 """
@@ -243,11 +243,11 @@ VIDEO_PACKAGES = ("moviepy", "pygame")  # what --capture-video needs
 FRAMES_PER_SECOND = 30  # of a film
 FIXED_WITH_REPLAY = ("buffer_size", "gamma")  # what a saved replay depends on
 # Defaults for MinAtar: those of Obando-Ceron and Castro, 2021, arXiv:2011.14826, but for the steps
-# (10M), the network (theirs has no hidden layer after the convolution) and the annealed rate.
+# (10M), the network (no hidden layer after the convolution) and the learning rate (1e-4, constant).
 ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
-        "learning_rate": 1e-4,
+        "learning_rate": 2.5e-4,
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

@@ -4,8 +4,8 @@
     R = sum_{j<k} gamma^j r_{t+j},    a* = argmax_a' Q(s_{t+k}, a'; theta)
 
 DQN with six improvements: Double Q-learning, dueling networks, prioritized replay, n-step returns,
-noisy networks and distributions of the return. Each improves something else, so they add up. Each
-has a switch: with all six off this is DQN's update, with one on that of its file.
+noisy networks and distributions of the return. Each has a switch. With all six off this is DQN's
+update; with one on, it is the update of that part's own file.
 
 Parent: dqn_atari.py. What changes: six parts; [file] names where a block comes from; the paper's
 settings. Below the line, unchanged: PrioritizedFrameReplay and NoisyLinear.

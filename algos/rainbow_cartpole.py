@@ -4,8 +4,8 @@
     R = sum_{j<k} gamma^j r_{t+j},    a* = argmax_a' Q(s_{t+k}, a'; theta)
 
 DQN with six improvements: Double Q-learning, dueling networks, prioritized replay, n-step returns,
-noisy networks and distributions of the return. Each improves something else, so they add up. Each
-has a switch: with all six off this is DQN's update, with one on that of its file.
+noisy networks and distributions of the return. Each has a switch. With all six off this is DQN's
+update; with one on, it is the update of that part's own file.
 
 Parent: dqn_cartpole.py. What changes: six parts; [file] names where a block comes from. Below the
 line, unchanged: PrioritizedReplay, NStep and NoisyLinear.
@@ -329,11 +329,11 @@ FIXED_WITH_REPLAY = (
     "per_alpha",
 )  # what a saved replay depends on
 # Defaults for MinAtar: those of Obando-Ceron and Castro, 2021, arXiv:2011.14826, but for the steps
-# (10M), the network (theirs has no hidden layer after the convolution) and the annealed rate.
+# (10M), the network (no hidden layer after the convolution) and the learning rate (1e-4, constant).
 ENV_DEFAULTS = {
     "MinAtar/": {
         "total_timesteps": 1_000_000,
-        "learning_rate": 1e-4,
+        "learning_rate": 2.5e-4,
         "adam_eps": 0.01 / 32,
         "buffer_size": 100_000,
         "target_network_frequency": 1_000,

@@ -53,7 +53,7 @@ SOLVED = re.compile(r"--stop-return (\S+), after (\d+) episodes, (\d+) steps and
 
 
 class Run(NamedTuple):
-    """One training. `env_id` is None where the script's default applies."""
+    """One training. `env_id` is None where the script's own is not known."""
 
     script: str
     env_id: str | None
@@ -89,6 +89,13 @@ def bootstrap_interval(values, resamples=RESAMPLES, statistic=interquartile_mean
     means = [statistic(column[seeds], axis=0) for column in columns]  # each (resamples,)
     low, high = np.percentile(means, [2.5, 97.5], axis=1)
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def default_env_id(script):
+    """The environment that a script names as its default, or None if none is found."""
+    text = (ROOT / "algos" / f"{script}.py").read_text()
+    found = re.search(r'^    env_id: str = "(.+?)"', text, re.MULTILINE)
+    return found and found[1]
 
 
 def run_all(runs, flags, folder, jobs, keep=False):
@@ -462,8 +469,6 @@ def parse_args():
     parser.add_argument("--goal", type=float, help="return that the final evaluation should reach")
     add_study_arguments(parser)
     args = parser.parse_args()
-    if args.earlier and args.env_ids == [None]:
-        parser.error("--earlier needs --env-ids")
     there = sorted(file.stem for file in (ROOT / "algos").glob("*.py"))
     for script in args.scripts:
         if script not in there:
@@ -580,7 +585,10 @@ def main():
     if args.record:
         pyplot()  # exits here if it is missing, not after the runs
     commit = clean_commit() if args.record else commit_of(str(ROOT))
-    runs = [Run(*x) for x in product(args.scripts, args.env_ids, args.seeds)]
+    triples = product(args.scripts, args.env_ids, args.seeds)
+    runs = [Run(script, env_id or default_env_id(script), seed) for script, env_id, seed in triples]
+    if args.earlier and None in {run.env_id for run in runs}:
+        sys.exit("error: --earlier needs --env-ids.")
     with contextlib.ExitStack() as stack:
         folder = args.runs
         if not folder:

@@ -17,6 +17,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+from conftest import load
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -433,6 +434,8 @@ def test_a_study_goes_on_from_an_earlier_record(repository):
     assert done.returncode != 0 and done.stderr.startswith("error: --earlier first: its flags are")
     done = run(repository, *words, "--earlier", "third")
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
+    done = run(repository, *TRAIN, "--earlier", "first")
+    assert done.returncode != 0 and done.stderr == "error: --earlier needs --env-ids.\n"
     edit(repository)
     git(repository, "commit", "-qam", "edited")
     done = run(repository, *earlier, "--record", "fourth")
@@ -469,6 +472,13 @@ def test_a_run_without_a_final_evaluation_is_an_error(repository):
     script.write_text(SCRIPT.replace('print(f"{args.env_id}, step', 'print(f"step'))
     done = run(repository, *TRAIN, "--seeds", 1)
     assert done.returncode != 0 and "script seed 1 ended without a final evaluation" in done.stderr
+
+
+def test_the_default_environment_of_a_script():
+    from train import default_env_id
+
+    for script in (ROOT / "algos").glob("*.py"):
+        assert default_env_id(script.stem) == load(script.stem).Args.env_id
 
 
 @pytest.mark.parametrize("n", range(1, 12))
