@@ -6,10 +6,11 @@
 It measures the parts of algos/apex_dqn_atari.py, each --repeats times, and takes medians:
 
     actors   agent steps per second of 1, 2 and 4 actors, when their blocks are only received
-    network  rows per second through Ray's object store, when a block is sent again and again, and
-             the processor time that a row costs the process that receives it
+    network  rows per second through Ray's object store, when a block is sent again and again, the
+             processor time that a row costs the process that receives it, and how long a broadcast
+             of the weights takes
     store    rows per second into one prioritized replay, frames plain and in tiles
-    learn    updates per second, and how long a broadcast of the weights takes
+    learn    updates per second, with as many threads as the file has, and their processor time
     whole    the file itself: agent steps per second, and how long its learner waits for actors
 
 From them follows a model of 16 to 1,024 actors: bandwidth, rows per second into one replay, when
@@ -87,11 +88,17 @@ class Sender:
 
 
 def measure_network(apex, args, block):
-    """Rows per second from one other process of this machine through the object store, and the
-    processor seconds of a row in this process, both for each turn."""
+    """Rows per second from one other process of this machine through the object store, the
+    processor seconds of a row in this process, and the seconds to put the weights into the store,
+    for each turn; the bytes of the weights."""
+    network = apex.QNetwork(apex.make_envs(args.env_id, 1, 1).n_actions)
     apex.start_ray(apex.RunArgs(num_actors=1))
-    ray, rates, costs = apex.ray, [], []
+    ray, rates, costs, puts = apex.ray, [], [], []
     try:
+        for _ in range(args.repeats):
+            begin = time.perf_counter()
+            ray.put({k: x.numpy() for k, x in network.state_dict().items()})
+            puts.append(time.perf_counter() - begin)
         sender = ray.remote(num_cpus=0.5)(Sender).remote(block)
         ray.get(sender.send.remote())  # it has started
         requests = [sender.send.remote() for _ in range(2)]
@@ -107,7 +114,7 @@ def measure_network(apex, args, block):
             costs.append((time.process_time() - processor) / rows)
     finally:
         ray.shutdown()
-    return rates, costs
+    return rates, costs, puts, sum(x.nbytes for x in network.state_dict().values())
 
 
 def make_replay(apex, args, storage, rows):
@@ -188,21 +195,6 @@ def measure_learn(apex, args, replay, threads):
         costs.append((time.process_time() - processor) / updates)
     torch.set_num_threads(1)
     return rates, costs
-
-
-def measure_broadcast(apex, args):
-    """Seconds to put the weights into the object store, and their bytes."""
-    apex.start_ray(apex.RunArgs(num_actors=1))
-    try:
-        network = apex.QNetwork(apex.make_envs(args.env_id, 1, 1).n_actions)
-        seconds = []
-        for _ in range(args.repeats):
-            begin = time.perf_counter()
-            apex.ray.put({k: x.numpy() for k, x in network.state_dict().items()})
-            seconds.append(time.perf_counter() - begin)
-        return seconds, sum(x.nbytes for x in network.state_dict().values())
-    finally:
-        apex.ray.shutdown()
 
 
 def measure_whole(args, count):
@@ -432,7 +424,8 @@ def main():
     found["rows a step"] = blocks[0].actions.size / (defaults.num_envs * defaults.steps_per_block)
     sent = sum(x.nbytes for x in blocks[0][:6])
     found["bytes a row"] = round(sent / blocks[0].actions.size)
-    found["network"], found["receive"] = measure_network(apex, args, blocks[0])
+    measured = measure_network(apex, args, blocks[0])
+    found["network"], found["receive"], found["broadcast"], found["bytes of the weights"] = measured
     print(f"object store: {spread(found['network'])} rows/s", flush=True)
     found["store"], replays = measure_store(apex, args, blocks)
     for storage, rates in found["store"].items():
@@ -440,7 +433,6 @@ def main():
     replay = replays[found["storage"]]
     found["learn"], found["learn, processor"] = measure_learn(apex, args, replay, threads)
     print(f"learner: {spread(found['learn'])} updates/s", flush=True)
-    found["broadcast"], found["bytes of the weights"] = measure_broadcast(apex, args)
     found["whole"] = {str(count): [] for count in args.actors}
     for _ in range(args.repeats):
         for count in args.actors:
