@@ -542,9 +542,7 @@ def report_of_earlier(found, machines):
             machine, seeds = machines[made_at], ", ".join(str(run["seed"]) for run in group)
             lines.append(f"- `{script}.py`, {env_id}, seed{'s' * (len(group) > 1)} {seeds}: ")
             lines[-1] += f"commit {made_at}, {machine['date']}, {machine['processor']}"
-    head = (
-        "\n\nThese runs are from earlier records; the scripts and csrc/ are the same as today:\n\n"
-    )
+    head = "\n\nThese runs are from earlier records; the scripts and csrc/ are still the same:\n\n"
     return head + "\n".join(lines) if lines else ""
 
 

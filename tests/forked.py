@@ -23,6 +23,7 @@ MODULES = """numpy torch torch.utils.tensorboard gymnasium tyro tqdm matplotlib.
 tensorboard.backend.event_processing.event_accumulator""".split()
 LARGEST_REQUEST = 2**17  # bytes
 PATH = os.pathsep.join(sys.path)
+START = dict(os.environ)
 
 
 def run(command, cwd=None, env=None):
@@ -32,9 +33,9 @@ def run(command, cwd=None, env=None):
     If `env` differs in what Python or a package reads at its start, it is `subprocess.run`.
     """
     command, env = [*map(str, command)], dict(os.environ if env is None else env)
-    if env.get("PYTHONPATH") == os.environ.get("PYTHONPATH"):
+    if env.get("PYTHONPATH") == START.get("PYTHONPATH"):
         env["PYTHONPATH"] = PATH
-    if at_start(env) != at_start(os.environ | {"PYTHONPATH": PATH}):
+    if at_start(env) != at_start(START | {"PYTHONPATH": PATH}):
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     request = {"command": command, "cwd": str(cwd or os.getcwd()), "env": env}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -56,7 +57,7 @@ def server():
     """The socket to the process that forks. It ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, __file__, str(theirs.fileno())]
-    options = {"env": os.environ | {"PYTHONPATH": PATH}, "stdin": subprocess.DEVNULL}
+    options = {"env": START | {"PYTHONPATH": PATH}, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()], **options)
     theirs.close()
     atexit.register(process.wait)
