@@ -49,7 +49,8 @@ def run(command, cwd=None, env=None):
 
 
 def at_start(env):
-    return {key: x for key, x in env.items() if key.startswith(("PYTHON", "OMP_", "LD_", "MPL"))}
+    """What Python, torch and matplotlib read when they start. OpenCV changes LD_LIBRARY_PATH."""
+    return {key: x for key, x in env.items() if key.startswith(("PYTHON", "OMP_", "MPL"))}
 
 
 @functools.cache
