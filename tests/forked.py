@@ -30,14 +30,15 @@ def run(command, cwd=None, env=None):
     """`subprocess.run` of [sys.executable, "-W", "ignore" or not, file, *arguments], with its
     output captured as text. The program finds the packages that the tests find.
 
-    If `env` differs in what Python or a package reads at its start, it is `subprocess.run`.
+    Without `env` it has the environment of the tests. If an `env` differs from that in what Python
+    or a package reads at its start, it is `subprocess.run`.
     """
-    command, env = [*map(str, command)], dict(os.environ if env is None else env)
-    if env.get("PYTHONPATH") == START.get("PYTHONPATH"):
-        env["PYTHONPATH"] = PATH
-    if at_start(env) != at_start(START | {"PYTHONPATH": PATH}):
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    request = {"command": command, "cwd": str(cwd or os.getcwd()), "env": env}
+    command, given = [*map(str, command)], dict(os.environ if env is None else env)
+    if given.get("PYTHONPATH") == START.get("PYTHONPATH"):
+        given["PYTHONPATH"] = PATH
+    if env is not None and at_start(given) != at_start(START | {"PYTHONPATH": PATH}):
+        return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True)
+    request = {"command": command, "cwd": str(cwd or os.getcwd()), "env": given}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         socket.send_fds(server(), [json.dumps(request).encode()], [out.fileno(), err.fileno()])
         status = json.loads(server().recv(LARGEST_REQUEST))
@@ -49,7 +50,7 @@ def run(command, cwd=None, env=None):
 
 
 def at_start(env):
-    """What Python, torch and matplotlib read when they start. OpenCV changes LD_LIBRARY_PATH."""
+    """What Python, torch and matplotlib read when they start."""
     return {key: x for key, x in env.items() if key.startswith(("PYTHON", "OMP_", "MPL"))}
 
 

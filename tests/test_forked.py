@@ -28,7 +28,7 @@ ENDS = ["", "sys.exit(3)", "sys.exit('a message')", "raise SystemExit", "os._exi
 def test_a_forked_program(tmp_path, end):
     (tmp_path / "program.py").write_text(PROGRAM.format(end=end))
     command = [sys.executable, "-W", "ignore", str(tmp_path / "program.py"), "--a", "b c"]
-    env = os.environ | {"COLOUR": "blue"}
+    env = forked.START | {"COLOUR": "blue"}
     done = forked.run(command, cwd=tmp_path, env=env)
     real = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (
@@ -50,4 +50,4 @@ def test_other_settings_of_python_start_a_new_process(tmp_path):
     command = [sys.executable, tmp_path / "program.py"]
     here = str(os.getpid())
     assert forked.run(command).stdout.strip() != here
-    assert forked.run(command, env=os.environ | {"PYTHONUTF8": "1"}).stdout.strip() == here
+    assert forked.run(command, env=forked.START | {"PYTHONUTF8": "1"}).stdout.strip() == here
