@@ -513,7 +513,7 @@ def earlier_runs(records, runs, flags, commit):
             before = results["flags"]
         except OSError as e:
             sys.exit(f"error: --earlier {record}: {e.strerror}: {e.filename}.")
-        except KeyError:
+        except (KeyError, ValueError):  # of an older version, or no JSON
             sys.exit(f"error: --earlier {record}: no record of train.py that names its flags.")
         if before != (today := [*map(option, flags)]):
             sys.exit(f"error: --earlier {record}: its flags are {before}, not {today}.")

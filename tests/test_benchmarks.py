@@ -434,6 +434,11 @@ def test_a_study_goes_on_from_an_earlier_record(repository):
     assert done.returncode != 0 and done.stderr.startswith("error: --earlier first: its flags are")
     done = run(repository, *words, "--earlier", "third")
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
+    (repository / "broken").mkdir()
+    (repository / "broken" / "results.json").write_text("{")
+    done = run(repository, *words, "--earlier", "broken")
+    assert done.returncode != 0 and "no record of train.py" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     done = run(repository, *TRAIN, "--earlier", "first")
     assert done.returncode != 0 and done.stderr == "error: --earlier needs --env-ids.\n"
     edit(repository)
