@@ -19,7 +19,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # And PTX of the last one, which newer GPUs compile at first use.
-ARCHITECTURES = os.environ.get("FASTREPLAY_CUDA_ARCHITECTURES", "75 80 90 100").split()
+CHOSEN = os.environ.get("FASTREPLAY_CUDA_ARCHITECTURES", "").split()
+ARCHITECTURES = CHOSEN or ["75", "80", "90", "100"]  # those of them that nvcc knows
 WANTED = os.environ.get("FASTREPLAY_CUDA", "auto")
 
 
@@ -108,8 +109,9 @@ class BuildExt(build_ext):
 
         known = run_nvcc(self.nvcc, "--list-gpu-arch").split()
         targets = [a for a in ARCHITECTURES if f"compute_{a}" in known]
-        if not targets:
-            raise RuntimeError(f"this nvcc supports none of sm_{', sm_'.join(ARCHITECTURES)}")
+        missing = [a for a in ARCHITECTURES if a not in targets]
+        if missing and (CHOSEN or not targets):
+            raise RuntimeError(f"this nvcc does not support sm_{', sm_'.join(missing)}")
         command = [self.nvcc, "-std=c++17", "-O3", "-fmad=false", "--threads", "0", "-Icsrc"]
         for target in targets:
             command += ["-gencode", f"arch=compute_{target},code=sm_{target}"]

@@ -438,10 +438,11 @@ def short_names(names):
 
 
 def thousands(x):
-    """1500 -> "1.5k", 2000000 -> "2M" """
+    """1500 -> "1.5k", 2000000 -> "2M", 1024 -> "1,024" """
     for size, letter in ((10**6, "M"), (10**3, "k")):
         if abs(x) >= size:
-            return f"{x / size:g}{letter}"
+            text = f"{x / size:g}{letter}"
+            return text if len(text) < 6 else f"{x:,.0f}"
     return f"{x:g}"
 
 

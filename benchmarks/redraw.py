@@ -2,7 +2,8 @@
 
     python benchmarks/redraw.py benchmarks/records/*
 
-Only the records' .png and .svg files are written. Records without figures are left as they are.
+Only the records' .png and .svg files are written. Records without figures are left as they are, and
+so are those of tune.py.
 """
 
 import argparse
@@ -11,8 +12,10 @@ import sys
 from pathlib import Path
 
 import buffers
+import overestimation
 import plot
 import scale
+import storage
 import tabular
 import throughput
 import train
@@ -23,6 +26,13 @@ def figures_of(folder):
     """{name: matplotlib figure} of a record; {} if it has none."""
     results = json.loads((folder / "results.json").read_text())
     runs = results.get("runs", [])
+    if "change" in results or "trials" in results:  # of speedrun.py, tune.py
+        return {}
+    if "dice" in results:
+        names = [*dict.fromkeys(run["algorithm"] for run in runs)]
+        by_env = {env_id: group for (env_id,), group in train.grouped(runs, "env_id").items()}
+        draw = overestimation.draw
+        return {train.figure_name(e, [*by_env]): draw(by_env[e], names) for e in by_env}
     if runs and "returns" not in runs[0]:
         return {"curves": draw_seeds(plot.read_record(folder))}
     if runs:
@@ -38,6 +48,8 @@ def figures_of(folder):
     if "steps a broadcast" in results:
         return {"scale": scale.draw(results)}
     rows = results.get("rows", {})
+    if isinstance(rows, list):
+        return {"bytes": storage.figure_of(rows)}
     if "limit" in rows:  # its name in records of 2026-11-22
         rows["plain-copy"] = rows.pop("limit")
     return buffers.figures(rows)

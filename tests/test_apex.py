@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import squares
 import torch
 from conftest import ALGOS, load
 from test_run import flags, refused, scalars
@@ -248,54 +249,19 @@ def test_actors_on_a_cluster_of_two_nodes(with_ray):
         cluster.shutdown()
 
 
-class Squares:
-    """Games that show a bright left or right half: action 0 or 1 scores. Ten steps each."""
-
-    n_actions = 2
-
-    def __init__(self, env_id, num_envs, seed, **options):
-        self.num_envs, self.rng = num_envs, np.random.default_rng(seed)
-
-    def reset(self):
-        self.obs = np.zeros((self.num_envs, 4, 84, 84), np.uint8)
-        self.returns, self.t = np.zeros(self.num_envs), 0
-        self.show()
-        return self.obs.copy(), np.ones(self.num_envs, bool)
-
-    def show(self):
-        self.right = self.rng.integers(2, size=self.num_envs)
-        self.obs[:, :-1] = self.obs[:, 1:]
-        self.obs[:, -1] = np.arange(84) // 42 == self.right[:, None, None]
-        self.obs[:, -1] *= 255
-
-    def step(self, actions):
-        n = self.num_envs
-        if self.t == 10:  # the step after the last one resets, whatever the action
-            obs, starts = self.reset()
-            infos = {"episode_starts": starts, "episodes": []}
-            return obs, np.zeros(n), *np.zeros((2, n), bool), infos
-        rewards, self.t = (actions == self.right) * 1.0, self.t + 1
-        self.returns += rewards
-        self.show()
-        over = np.full(n, self.t == 10)
-        episodes = [(i, self.returns[i], 10) for i in range(n) if over[i]]
-        infos = {"episode_starts": np.zeros(n, bool), "episodes": episodes}
-        return self.obs.copy(), rewards, over, np.zeros(n, bool), infos
-
-
 @pytest.mark.slow
 def test_actors_and_learner_solve_a_simple_game_together(with_ray, in_tmp, monkeypatch):
     """Random play scores 5, a game with epsilon 0.4 that is solved 8, the other one 10: 9 in all,
     less what a learning rate this large costs from time to time."""
     script = with_ray
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.cloudpickle.register_pickle_by_value(squares)
     try:
-        monkeypatch.setattr(script, "make_envs", Squares)
+        monkeypatch.setattr(script, "make_envs", squares.Squares)
         changes = {"total_timesteps": 4000, "learning_starts": 100, "batch_size": 32}
         changes |= {"train_frequency": 10, "learning_rate": 1e-3, "broadcast_frequency": 40}
         script.main(script.RunArgs(**(OPTIONS | changes)))
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        ray.cloudpickle.unregister_pickle_by_value(squares)
     returns = [x.value for x in scalars(next(in_tmp.glob("runs/*")))["charts/episodic_return"]]
     assert np.mean(returns[:20]) < 7 and np.mean(returns[-100:]) > 7.5
 

@@ -1,8 +1,13 @@
 """Whole training runs: `python -m pytest -m slow`, and `-m gpu` on a machine with a GPU."""
 
+import numpy as np
 import pytest
+import squares
 import torch
-from test_run import main_in_process, small
+from conftest import ALGOS, load
+from test_run import main_in_process, scalars, small
+
+ON_ATARI = sorted(path.stem for path in ALGOS.glob("*_atari.py"))
 
 
 @pytest.mark.slow
@@ -17,6 +22,22 @@ def test_cartpole_is_solved(cartpole, in_tmp, monkeypatch):
     monkeypatch.setattr(cartpole, "evaluate", evaluate_and_keep)
     main_in_process(cartpole, {"eval_frequency": 0}, monkeypatch)
     assert len(scores[-1]) == 100 and scores[-1].mean() >= 475
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ON_ATARI if not name.startswith("apex")])
+def test_every_atari_file_learns_a_simple_game(name, in_tmp, monkeypatch):
+    script = load(name)
+    monkeypatch.setattr(script, "make_envs", squares.Squares)
+    options = {"total_timesteps": 8_000, "buffer_size": 8_000, "learning_starts": 400}
+    options |= {"batch_size": 32, "train_frequency": 10, "target_network_frequency": 200}
+    options |= {"learning_rate": 5e-4, "gamma": 0.9, "num_envs": 8, "exploration_fraction": 0.2}
+    options |= {"end_e": 0.02, "eval_episodes": 0, "eval_frequency": 0, "log_frequency": 1_000}
+    options |= {"width": 1, "num_steps": 40, "num_minibatches": 10}  # of BTR and PQN
+    options = {key: x for key, x in options.items() if hasattr(script.RunArgs, key)}
+    main_in_process(script, options | {"checkpoint_frequency": 0}, monkeypatch)
+    returns = [x.value for x in scalars(next(in_tmp.glob("runs/*")))["charts/episodic_return"]]
+    assert np.mean(returns[:40]) < 7 and np.mean(returns[-100:]) > 9
 
 
 @pytest.mark.gpu

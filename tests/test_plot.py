@@ -548,6 +548,12 @@ def test_records_are_drawn_again(tmp_path, monkeypatch, capsys):
         "2026-11-24_throughput_cartpole": {"rates"},
         "2026-11-25_tabular": {"bias"},
         "2026-11-22_buffers": {"latency", "memory", "capacity"},
+        "2026-11-25_overestimation_cartpole": {"curve"},
+        "2026-11-28_storage": {"bytes"},
+        "2026-11-28_storage_1e6": {"bytes"},
+        "2026-11-30_scale": {"scale"},
+        "2026-11-25_speedrun_cartpole": set(),
+        "2026-11-25_tune_dqn_acrobot": set(),
         "2026-11-22_sum_trees": set(),
     }
     before = {}
@@ -583,7 +589,7 @@ def test_each_figure_of_a_record_is_there_as_png_and_svg():
 
 def check(figure):
     """Six inches wide, no text below 9 points, none cut off, none over another one beside the data,
-    no legend, and no colour for two lines of the same axes."""
+    no legend, and no look, colour and dashes, of two lines of the same axes."""
     from matplotlib.colors import to_rgb
     from matplotlib.text import Text
 
@@ -599,8 +605,8 @@ def check(figure):
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
             texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
         lines = [line for line in axes.lines if not line.get_label().startswith("_")]
-        colours = [to_rgb(line.get_color()) for line in lines]
-        assert len({*colours}) == len(colours)
+        looks = [(to_rgb(line.get_color()), line.get_linestyle()) for line in lines]
+        assert len({*looks}) == len(looks)
     texts = [text for text in texts if text.get_text()]
     boxes = [Text.get_window_extent(text) for text in texts]  # without the lines of annotations
     for text, box in zip(texts, boxes):
@@ -717,7 +723,8 @@ def test_words_of_labels():
     assert figures.wrap("munchausen_dqn 500.0", 18) == "munchausen_dqn\n500.0"
     assert figures.wrap("a_very_long_name_of_dqn", 12) == "a_very_long_\nname_of_dqn"
     assert figures.wrap("dqn 3", 18) == "dqn 3"
-    assert [figures.thousands(x) for x in (0, 2.5, 1500, 2e6)] == ["0", "2.5", "1.5k", "2M"]
+    written = {0: "0", 2.5: "2.5", 1500: "1.5k", 2e6: "2M", 1024: "1,024", 1.25e6: "1.25M"}
+    assert {x: figures.thousands(x) for x in written} == written
     names = figures.short_names(["dqn_cartpole", "ddqn_cartpole"])
     assert [*names.values()] == ["dqn", "ddqn"]
     names = figures.short_names(["dqn_cartpole", "dqn_atari"])
