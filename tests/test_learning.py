@@ -29,7 +29,7 @@ def test_cartpole_is_solved(cartpole, in_tmp, monkeypatch):
 def test_every_atari_file_learns_a_simple_game(name, in_tmp, monkeypatch):
     script = load(name)
     monkeypatch.setattr(script, "make_envs", squares.Squares)
-    options = {"total_timesteps": 8_000, "buffer_size": 8_000, "learning_starts": 400}
+    options = {"total_timesteps": 5_000, "buffer_size": 5_000, "learning_starts": 400}
     options |= {"batch_size": 32, "train_frequency": 10, "target_network_frequency": 200}
     options |= {"learning_rate": 5e-4, "gamma": 0.9, "num_envs": 8, "exploration_fraction": 0.2}
     options |= {"end_e": 0.02, "eval_episodes": 0, "eval_frequency": 0, "log_frequency": 1_000}
