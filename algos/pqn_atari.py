@@ -252,7 +252,8 @@ class RunArgs(Args):
     exp_name: str = Path(__file__).stem  # part of the name of the run's folder under `runs/`
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the networks; `auto`: the GPU if any
     torch_threads: int = 0  # CPU threads of torch; 0 leaves torch's own choice
-    bfloat16: bool = False  # compute the features in bfloat16; weights and optimiser stay float32
+    # Of all layers but the last; `auto`: bfloat16 on a CPU with instructions for it, else float32
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  # torch.compile the loss (needs a C++ compiler; 30 s at the first update)
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
     wandb_project_name: str = "cleanq"  # project on Weights & Biases
@@ -281,12 +282,12 @@ ENV_DEFAULTS = {}  # defaults that depend on --env-id
 class Features(nn.Sequential):
     """nn.Sequential with the same parameters, computed the fastest way on each device.
 
-    Images are channels-last; with --bfloat16 the layers compute in bfloat16 and the result is
-    converted back. The first Linear takes the image flattened by row, column, channel, as it lies
-    in memory; in float32 on a CPU with AVX-512 it is a convolution, which is faster only there.
+    Images are channels-last. With --precision bfloat16 the layers compute in bfloat16, and weights
+    and the result are float32. The first Linear takes the image flattened by row, column, channel,
+    as it lies in memory; in float32 on a CPU with AVX-512 it is a convolution, faster only there.
     """
 
-    bfloat16 = False  # --bfloat16
+    bfloat16 = False  # --precision
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
     def __init__(self, *layers: nn.Module):
@@ -555,6 +556,13 @@ def draw_action_values(names: list, chosen: int, q_values, scale) -> np.ndarray:
     return np.asarray(image)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32, by AVX-512 or AMX."""
+    with contextlib.suppress(OSError):  # Linux only
+        return bool({"avx512_bf16", "amx_bf16"} & {*Path("/proc/cpuinfo").read_text().split()})
+    return False
+
+
 def prepare_torch(args: RunArgs) -> torch.device:
     """Threads, memory and seed. -> the device of the networks"""
     if args.torch_threads:
@@ -565,8 +573,10 @@ def prepare_torch(args: RunArgs) -> torch.device:
         for option, value in ((-4, 0), (-1, 2**30), (-2, 2**26)):
             mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     torch.manual_seed(args.seed)
-    Features.bfloat16 = args.bfloat16
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if args.precision == "auto":
+        args.precision = "float32" if on_gpu or not multiplies_bfloat16() else "bfloat16"
+    Features.bfloat16 = args.precision == "bfloat16"
     return torch.device("cuda" if on_gpu else "cpu")
 
 
@@ -665,7 +675,7 @@ class Run:
             self.writer = log.file_writer
         except OSError as e:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
-        print(f"{args.exp_name}: {args.env_id}, all in {self.folder}", flush=True)
+        print(f"{args.exp_name}: {args.env_id}, {args.precision}, all in {self.folder}", flush=True)
         total, interval = args.total_timesteps, 0.2 if NOTEBOOK or sys.stderr.isatty() else 30
         self.bar = tqdm(total=total, initial=self.step, unit="step", mininterval=interval)
 

@@ -291,7 +291,8 @@ class RunArgs(Args):
     buffer: Literal["auto", "numpy", "cpp", "cuda"] = "auto"
     # Frames as they are, or compact and lossless in tiles; `auto`: tiles with --buffer cpp
     replay_storage: Literal["auto", "plain", "tiles"] = "auto"
-    bfloat16: bool = False  # compute the features in bfloat16; weights and optimiser stay float32
+    # Of all layers but the last; `auto`: bfloat16 on a CPU with instructions for it, else float32
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False  # torch.compile the loss (needs a C++ compiler; 30 s at the first update)
     cuda_graphs: bool = False  # with --buffer cuda: an update, and acting, become one CUDA graph
     track: bool = False  # log to Weights & Biases too (needs `pip install wandb`)
@@ -631,12 +632,12 @@ class PinnedBatches:
 class Features(nn.Sequential):
     """nn.Sequential with the same parameters, computed the fastest way on each device.
 
-    Images are channels-last; with --bfloat16 the layers compute in bfloat16 and the result is
-    converted back. The first Linear takes the image flattened by row, column, channel, as it lies
-    in memory; in float32 on a CPU with AVX-512 it is a convolution, which is faster only there.
+    Images are channels-last. With --precision bfloat16 the layers compute in bfloat16, and weights
+    and the result are float32. The first Linear takes the image flattened by row, column, channel,
+    as it lies in memory; in float32 on a CPU with AVX-512 it is a convolution, faster only there.
     """
 
-    bfloat16 = False  # --bfloat16
+    bfloat16 = False  # --precision
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
     def __init__(self, *layers: nn.Module):
@@ -956,6 +957,13 @@ def draw_action_values(names: list, chosen: int, q_values, scale) -> np.ndarray:
     return np.asarray(image)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32, by AVX-512 or AMX."""
+    with contextlib.suppress(OSError):  # Linux only
+        return bool({"avx512_bf16", "amx_bf16"} & {*Path("/proc/cpuinfo").read_text().split()})
+    return False
+
+
 def prepare_torch(args: RunArgs) -> torch.device:
     """Threads, memory and seed. -> the device of the networks"""
     if args.torch_threads:
@@ -966,8 +974,10 @@ def prepare_torch(args: RunArgs) -> torch.device:
         for option, value in ((-4, 0), (-1, 2**30), (-2, 2**26)):
             mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     torch.manual_seed(args.seed)
-    Features.bfloat16 = args.bfloat16
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if args.precision == "auto":
+        args.precision = "float32" if on_gpu or not multiplies_bfloat16() else "bfloat16"
+    Features.bfloat16 = args.precision == "bfloat16"
     return torch.device("cuda" if on_gpu else "cpu")
 
 
@@ -1069,8 +1079,8 @@ class Run:
         except OSError as e:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
         each = BYTES_PER_ROW[args.replay_storage]
-        replay = f"{args.buffer} replay, {args.replay_storage}, about {each} bytes a step, "
-        replay += f"{args.buffer_size * each / 1e9:.1f} GB"
+        replay = f"{args.precision}, {args.buffer} replay, {args.replay_storage}, "
+        replay += f"about {each} bytes a step, {args.buffer_size * each / 1e9:.1f} GB"
         replay += ", CUDA graphs" * takes_graphs(args)
         print(f"{args.exp_name}: {args.env_id}, {replay}, all in {self.folder}", flush=True)
         if args.buffer == "cuda":

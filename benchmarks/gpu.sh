@@ -163,7 +163,7 @@ step buffers "$python" benchmarks/buffers.py --device cuda --capacity 1000000 --
 step throughput "$python" benchmarks/throughput.py --task atari --alone --seconds 3 --repeats 3 \
   --variants "script=ddqn_atari device=cuda buffer=cuda" \
   "script=ddqn_atari device=cuda buffer=cuda cuda_graphs=True" \
-  "script=ddqn_atari device=cuda buffer=cuda cuda_graphs=True bfloat16=True" \
+  "script=ddqn_atari device=cuda buffer=cuda cuda_graphs=True precision=bfloat16" \
   "script=ddqn_atari device=cuda buffer=cuda cuda_graphs=True num_envs=128" \
   "script=ddqn_atari device=cuda buffer=cuda replay_storage=tiles" \
   "script=ddqn_atari device=cuda buffer=numpy" --record "$record/throughput"

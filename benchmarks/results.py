@@ -115,7 +115,7 @@ def side_name(side, atari):
         name += f" `{options.get('script', 'dqn_atari' if atari else 'dqn')}.py`"
     else:
         name = f"`{options.get('script', 'dqn_atari' if atari else 'dqn_cartpole')}.py`"
-    name += ", bfloat16" if options.get("bfloat16") == "True" else ""
+    name += ", bfloat16" if options.get("precision") == "bfloat16" else ""
     return f"{name}, {n} environment{'s' * (n > 1)}"
 
 

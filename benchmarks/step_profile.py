@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 PARTS = {"envs": ("send", "recv", "step"), "replay": ("add", "sample", "update_priorities", "take")}
 
 
-def matrix_rate(threads, n=1024, repeats=20):
-    """The fastest of some float32 products of n x n matrices, in FLOP/s."""
+def matrix_rate(threads, dtype, n=1024, repeats=20):
+    """The fastest of some products of n x n matrices, in FLOP/s."""
     torch.set_num_threads(threads)
-    a, b, best = torch.randn(n, n), torch.randn(n, n), float("inf")
+    (a, b), best = torch.randn(2, n, n).to(dtype), float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
         a @ b
@@ -105,7 +105,8 @@ def main():
     parser.add_argument("--trace", default="", help="file of the trace; without: no profile")
     args, flags = parser.parse_known_args()
     if args.script is None:
-        print(json.dumps({"matrix rate": matrix_rate(args.threads)}))
+        types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        print(json.dumps({name: matrix_rate(args.threads, x) for name, x in types.items()}))
         return
     spec = importlib.util.spec_from_file_location(args.script.stem, args.script)
     script = importlib.util.module_from_spec(spec)

@@ -10,8 +10,8 @@ measurement begins `--warm-up` seconds after the first step, not before learning
 memcpy before each turn shows how much the machine's speed drifts. Without --record the tool only
 prints the table.
 
-`--variants` are the flags of CleanQ's turns, one string for each side: "num_envs=8 bfloat16=True".
-The word `script=NAME` chooses the file in algos/. `--peers` are the other sides, in the same form:
+`--variants` are the flags of CleanQ's turns, one string for each side: "num_envs=8 tau=0.1". The
+word `script=NAME` chooses the file in algos/. `--peers` are the other sides, in the same form:
 "CleanRL script=c51", "Stable-Baselines3 num_envs=4", "Stable-Baselines3 algorithm=QRDQN
 n_quantiles=25" (of sb3-contrib). A side is compared with the fastest peer of its algorithm: C51,
 QR-DQN, Rainbow, or DQN, with which all other files are compared.
@@ -19,10 +19,14 @@ QR-DQN, Rainbow, or DQN, with which all other files are compared.
 `--sweep num_envs 1 4 16 64` measures each variant with each of these values; the figure shows the
 rate against them.
 
+On Atari the scripts compute in float32 here, as the peers do, unless a variant says
+precision=bfloat16.
+
 For each variant, the FLOPs of an agent step are counted once, and before each round of turns the
-rate of float32 matrix products is measured. Their ratio is the roofline: about the most steps per
-second that the processor allows. `--profile FOLDER` does not compare: it writes a trace of each
-variant into the folder, for chrome://tracing, and a table of where the time of an agent step goes.
+rate of matrix products in its precision is measured. Their ratio is the roofline: about the most
+steps per second that the processor allows. `--profile FOLDER` does not compare: it writes a trace
+of each variant into the folder, for chrome://tracing, and a table of where an agent step's time
+goes.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
@@ -86,7 +90,7 @@ class TurnFailed(Exception):
 
 
 def flags_of(options):
-    """{"num_envs": 8, "bfloat16": "True"} -> ["--num-envs", "8", "--bfloat16"]"""
+    """{"num_envs": 8, "compile": "True"} -> ["--num-envs", "8", "--compile"]"""
     flags = []
     for key, value in options.items():
         flags += [f"--{key.replace('_', '-')}"] + ([] if str(value) == "True" else [str(value)])
@@ -107,6 +111,7 @@ def cleanq_command(args, variant):
     options = {"torch_threads": args.threads, "device": "cpu", "total_timesteps": 10**9}
     options |= {"start_e": EPSILON, "end_e": EPSILON, "log_frequency": 100 if atari else 1_000}
     options |= {"eval_frequency": 0, "checkpoint_frequency": 0} | TASKS[args.task]
+    options |= {"precision": "float32"} if atari else {}
     options |= dict(pair.split("=") for pair in variant.split())
     path = ROOT / "algos" / f"{options.pop('script', 'dqn_atari' if atari else 'dqn_cartpole')}.py"
     return path, flags_of(options)
@@ -160,9 +165,14 @@ def run_step_profile(words, folder="."):
     return json.loads(last_line(done.stdout))
 
 
-def matrix_rate(args):
-    """FLOP/s of float32 matrix products on the threads of a turn."""
-    return run_step_profile(["--threads", args.threads])["matrix rate"]
+def matrix_rates(args):
+    """{precision: FLOP/s of matrix products on the threads of a turn}"""
+    return run_step_profile(["--threads", args.threads])
+
+
+def precision_of(side):
+    """Of a side of CleanQ: "CleanQ num_envs=8 precision=bfloat16" -> "bfloat16"."""
+    return "bfloat16" if "precision=bfloat16" in side.split() else "float32"
 
 
 def step_of(args, variant, trace=""):
@@ -184,7 +194,8 @@ def profile_variants(args):
             found = step_of(args, variant, trace)
         except TurnFailed as reason:
             sys.exit(f"error: CleanQ {variant}: {reason}")
-        page = profile_report(f"CleanQ {variant}".strip(), found, matrix_rate(args))
+        side, rates = f"CleanQ {variant}".strip(), matrix_rates(args)
+        page = profile_report(side, found, rates[precision_of(side)])
         trace.with_name(f"{name}.md").write_text(page)
         print(f"{page}\nThe trace is {trace}.")
 
@@ -430,7 +441,7 @@ def main():
         except TurnFailed as reason:
             print(f"{side}: FLOPs not counted: {reason}", flush=True)
     for repeat in range(args.repeats):
-        matrix.append(matrix_rate(args))
+        matrix.append(matrix_rates(args))
         for side in sides:
             if side in failed:
                 continue
@@ -447,7 +458,8 @@ def main():
                 print(f"{side}: not measured: {reason}", flush=True)
             else:
                 print(f"{repeat + 1}/{args.repeats} {side}: {rates[side][-1]:.0f}", flush=True)
-    counted = {"flops_per_step": flops, "matrix_flops": statistics.median(matrix)}
+    middle = {key: statistics.median(rates[key] for rates in matrix) for key in matrix[0]}
+    counted = {"flops_per_step": flops, "matrix_rates": middle}
     report = report_of(args, rates, drift, failed, counted)
     print(report)
     if any(side.startswith("CleanQ") for side in failed):
@@ -466,7 +478,8 @@ def main():
 def rooflines_of(results):
     """Agent steps per second that the rate of matrix products allows, of each side of CleanQ."""
     flops = results.get("flops_per_step", {})
-    return {side: results["matrix_flops"] / count for side, count in flops.items() if count}
+    rates = results.get("matrix_rates") or {"float32": results.get("matrix_flops")}  # older records
+    return {side: rates[precision_of(side)] / count for side, count in flops.items() if count}
 
 
 def draw_results(results):
@@ -546,8 +559,8 @@ def report_of(args, rates, drift, failed, counted):
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"64 MiB memcpy before each turn: {min(drift):.1f} to {max(drift):.1f} ms."]
     if rooflines:
-        rate = counted["matrix_flops"] / 1e9
-        lines += [f"Matrix products in float32: {rate:.0f} GFLOP/s, median of the rounds."]
+        rates = " and ".join(f"{x / 1e9:.0f} in {p}" for p, x in counted["matrix_rates"].items())
+        lines += [f"GFLOP/s of matrix products, median of the rounds: {rates}."]
     lines += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}."]
     if args.cleanrl:
         lines += [f"CleanRL: commit {commit_of(args.cleanrl)}."]

@@ -671,9 +671,12 @@ def test_the_roofline():
     """Half of 100 FLOP/s, at 10 FLOPs a step, is 5 steps/s of 10."""
     import throughput
 
+    assert throughput.rooflines_of({}) == {}  # of older records
     counted = {"matrix_flops": 100.0, "flops_per_step": {"CleanQ": 10.0}}
     assert throughput.rooflines_of(counted) == {"CleanQ": 10.0}
-    assert throughput.rooflines_of({}) == {}  # of older records
+    counted["matrix_rates"] = {"float32": 100.0, "bfloat16": 300.0}
+    counted["flops_per_step"] = {"CleanQ": 10.0, "CleanQ precision=bfloat16": 10.0}
+    assert [*throughput.rooflines_of(counted).values()] == [10.0, 30.0]
     args = argparse.Namespace(task="cartpole", threads=1, repeats=1, seconds=1, cleanrl=None)
     rates = {"CleanQ": [5.0], "Stable-Baselines3": [4.0]}
     page = throughput.report_of(args, rates, [1.0], {}, counted)

@@ -169,6 +169,49 @@ def test_values_are_not_rounded_to_bfloat16(atari, monkeypatch):
     assert q_values.dtype == torch.float32 and len(q_values.unique()) == N_ACTIONS
 
 
+def test_gradients_in_bfloat16_are_nearly_those_of_float32(atari, monkeypatch):
+    """bfloat16 keeps 8 bits, so that a ReLU near 0 may switch. The gradients are float32."""
+    torch.manual_seed(1)
+    q_network, target_network = (atari.QNetwork(N_ACTIONS) for _ in range(2))
+    _, batch = random_batch(atari, np.random.default_rng(1), True)
+    batch = batch._replace(rewards=batch.rewards.float(), discounts=batch.discounts.float())
+    found = []
+    for bfloat16 in (False, True):
+        monkeypatch.setattr(atari.Features, "bfloat16", bfloat16)
+        q_network.zero_grad()
+        atari.td_loss(q_network, target_network, batch, atari.Args())[0].backward()
+        found.append([x.grad.clone() for x in q_network.parameters()])
+    assert not torch.equal(found[0][0], found[1][0]), "both were computed in float32"
+    for exact, rounded in zip(*found):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() < 0.15 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "given, gpu, fast, taken",
+    [
+        ("auto", False, True, "bfloat16"),
+        ("auto", False, False, "float32"),
+        ("auto", True, True, "float32"),
+        ("float32", False, True, "float32"),
+        ("bfloat16", True, False, "bfloat16"),
+    ],
+)
+def test_the_precision_suits_the_device(atari, given, gpu, fast, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(atari, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(atari.Features, "bfloat16", None)
+    args = atari.RunArgs(precision=given)
+    atari.prepare_torch(args)
+    assert args.precision == taken and atari.Features.bfloat16 == (taken == "bfloat16")
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="torch is older")
+def test_the_instructions_are_those_that_torch_finds(atari):
+    found = torch.cpu.get_capabilities()
+    assert atari.multiplies_bfloat16() == any(map(found.get, ("avx512_bf16", "amx_bf16")))
+
+
 def test_epsilon(script):
     args = script.Args(total_timesteps=1000, exploration_fraction=0.1, start_e=1.0, end_e=0.1)
     values = [script.epsilon_at(step, args) for step in (0, 50, 100, 500, 1000)]
