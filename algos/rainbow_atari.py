@@ -78,7 +78,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
 
 
 class Batch(NamedTuple):  # k <= n_step: an episode may end before n steps
-    obs: torch.Tensor  # s, the last 4 frames, (B, 4, 84, 84) uint8, or float32 in [0, 1]
+    obs: torch.Tensor  # s, the last 4 frames, (B, 4, 84, 84) uint8, or floats in [0, 1]
     actions: torch.Tensor  # a, (B,) int64
     rewards: torch.Tensor  # r_0 + gamma r_1 + ... + gamma^(k-1) r_(k-1), (B,) float32
     next_obs: torch.Tensor  # s', k steps later, as obs
@@ -571,7 +571,8 @@ def make_replay(args: RunArgs, device: torch.device, prioritized: bool, **option
     options |= {"per_alpha": args.per_alpha, "per_beta": args.per_beta, "prioritized": prioritized}
     # Stacks come scaled, in the layout that the convolutions want; as bytes if they have to travel.
     travels = args.buffer == "cpp" and device.type == "cuda"
-    options["output_dtype"] = torch.uint8 if travels else torch.float32
+    floats = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
+    options["output_dtype"] = torch.uint8 if travels else floats
     options["memory_format"] = torch.channels_last
     options["device"] = device if args.buffer == "cuda" else "cpu"
     options["storage"] = "tiles" if args.replay_storage == "tiles" else "auto"

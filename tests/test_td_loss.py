@@ -187,6 +187,28 @@ def test_gradients_in_bfloat16_are_nearly_those_of_float32(atari, monkeypatch):
         assert (rounded - exact).norm() < 0.15 * exact.norm()
 
 
+def test_the_batches_of_fastreplay_in_bfloat16_are_those_of_numpy(atari):
+    """All 256 values of a byte: scaled and rounded in the replay, or in the network."""
+    pytest.importorskip("fastreplay")
+    given = {"precision": "bfloat16", "num_envs": 2, "buffer_size": 200}
+    frames = np.arange(2 * 84 * 84).reshape(2, 84, 84) % 256
+    columns = np.array([1, 2]), np.array([0.0, 1.0], np.float32), np.zeros(2, bool)
+    batches = []
+    for kind in ("numpy", "cpp"):
+        args = atari.RunArgs(**given, buffer=kind, replay_storage="plain")
+        replay = atari.make_replay(args, torch.device("cpu"))
+        for step in range(50):
+            shown = (frames + step).astype(np.uint8)
+            replay.add(shown, *columns, np.full(2, step == 0))
+        batches.append(replay.gather(np.arange(4, 40)))
+    plain, fast = batches
+    assert plain.obs.dtype == torch.uint8 and fast.obs.dtype == torch.bfloat16
+    assert len(plain.obs.unique()) == 256
+    for key in ("obs", "next_obs"):
+        expected = atari.scaled(getattr(plain, key)).to(torch.bfloat16)
+        torch.testing.assert_close(getattr(fast, key), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "given, gpu, fast, taken",
     [
