@@ -26,7 +26,7 @@ def figures_of(folder):
     """{name: matplotlib figure} of a record; {} if it has none."""
     results = json.loads((folder / "results.json").read_text())
     runs = results.get("runs", [])
-    if "change" in results or "trials" in results:  # of speedrun.py, tune.py
+    if results.keys() & {"change", "trials", "profiles"}:  # of speedrun.py, tune.py, --profile
         return {}
     if "dice" in results:
         names = [*dict.fromkeys(run["algorithm"] for run in runs)]

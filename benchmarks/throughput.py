@@ -26,7 +26,7 @@ For each variant, the FLOPs of an agent step are counted once, and before each r
 rate of matrix products in its precision is measured. Their ratio is the roofline: about the most
 steps per second that the processor allows. `--profile FOLDER` does not compare: it writes a trace
 of each variant into the folder, for chrome://tracing, and a table of where an agent step's time
-goes.
+goes; `--record` keeps the tables.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
@@ -184,9 +184,10 @@ def step_of(args, variant, trace=""):
         return run_step_profile([*words, "--trace", trace, *flags], folder)
 
 
-def profile_variants(args):
-    """Write a trace of each variant, and print the tables."""
+def profile_variants(args, commit):
+    """Write a trace of each variant, and print the tables. --record keeps the tables."""
     args.profile.mkdir(parents=True, exist_ok=True)
+    pages, profiles = [], {}
     for variant in args.variants:
         name = re.sub(r"\W+", "_", variant).strip("_") or "default"
         trace = args.profile.resolve() / f"{name}.json.gz"
@@ -198,6 +199,15 @@ def profile_variants(args):
         page = profile_report(side, found, rates[precision_of(side)])
         trace.with_name(f"{name}.md").write_text(page)
         print(f"{page}\nThe trace is {trace}.")
+        pages.append(f"#{page}")
+        profiles[side] = found | {"matrix_rates": rates}
+    if args.record:
+        env_id, threads = TASKS[args.task]["env_id"], args.threads
+        head = [f"# Where the time of an agent step goes, {env_id}", f"Torch threads: {threads}."]
+        tail = f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}."
+        write_record(
+            args.record, {"profiles": profiles}, "\n\n".join([*head, *pages, tail]), commit
+        )
 
 
 def profile_report(title, found, matrix):
@@ -421,10 +431,10 @@ def main():
         if len(values) < 2 or not args.alone:
             parser.error("--sweep needs an argument of CleanQ's, two values or more, and --alone")
         args.variants = [f"{v} {name}={x}".strip() for v in args.variants for x in values]
+    commit = clean_commit() if args.record else ""
     if args.profile:
-        return profile_variants(args)
+        return profile_variants(args, commit)
     if args.record:
-        commit = clean_commit()
         pyplot()  # exits here if it is missing, not after the measurement
     if args.cleanrl:
         args.cleanrl = str(Path(args.cleanrl).expanduser().resolve())

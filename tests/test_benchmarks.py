@@ -646,6 +646,22 @@ def test_a_record_of_throughput(repository):
     )
 
 
+def test_a_record_of_a_profile(repository):
+    """The page has the table, results.json the numbers; the trace is elsewhere."""
+    shutil.copy(ROOT / "algos" / "dqn_cartpole.py", repository / "algos")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "a script")
+    words = ["--task", "cartpole", "--profile", "../traces", "--record", "record"]
+    done = run(repository, "benchmarks/throughput.py", *words, "--variants", "num_envs=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = repository / "record"
+    found = json.loads((record / "results.json").read_text())["profiles"]["CleanQ num_envs=4"]
+    page = (record / "README.md").read_text()
+    assert "## CleanQ num_envs=4\n" in page and f"| act | {found['parts']['act']:,.1f} |" in page
+    assert {path.name for path in record.iterdir()} == {"README.md", "results.json"}
+    assert (repository.parent / "traces" / "num_envs_4.json.gz").exists()
+
+
 def test_the_flops_of_a_step(tmp_path):
     """CartPole, 4 games, batch 128, an update in 10 steps, counted by hand: layers of D x H weights
     take 2 D H FLOPs an observation forward, as many for the weights' gradient, and as many for the
