@@ -96,7 +96,7 @@ class Block(NamedTuple):
     episode_starts: np.ndarray  # (L, E) bool, also where a block begins
     td_error: np.ndarray  # (L, E) float32, for the first priorities
     episodes: list  # (game, return, length) of the games that ended
-    number: tuple[str, int]  # machine, process and start of the actor; its blocks so far
+    block_id: tuple[str, int]  # machine, process and start of the actor; its blocks so far
 
 
 class QNetwork(nn.Module):
@@ -120,7 +120,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         features = self.features(scaled(obs))  # scaled: uint8 / 255
-        if torch.is_grad_enabled():  # the streams' gradients add up: scale the sum by 1/sqrt(2)
+        if torch.is_grad_enabled():  # scale the gradient, a sum of two streams', by 1/sqrt(2)
             features = features.detach() + (features - features.detach()) / 2**0.5
         of_value, of_advantage = self.hidden(features).chunk(2, dim=1)  # (B, 512) each
         value, advantages = self.value(of_value), self.advantage(of_advantage)  # (B, 1), (B, A)
@@ -129,7 +129,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma^k Q(s', argmax_a' Q(s', a'; theta); theta^-)
         next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)
@@ -169,7 +169,7 @@ class Actor:
         self.envs = make_envs(args.env_id, args.num_envs, seed, use_fire_reset=args.fire_reset)
         self.q_network = QNetwork(self.envs.n_actions)
         self.q_network.requires_grad_(False)
-        self.weights, self.name = None, f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+        self.reference, self.name = None, f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
         # The rows of one block, as the replay stores them; and max_a Q(s, a) and Q(s, a) of each.
         self.length = 3 + args.steps_per_block + args.n_step
         size = (self.length * args.num_envs, (84, 84), args.num_envs)
@@ -177,12 +177,12 @@ class Actor:
         self.q_best, self.q_taken = np.zeros((2, self.length, args.num_envs), np.float32)
         self.obs, self.starts = self.envs.reset()
 
-    def play(self, weights: list) -> Block:
-        """Play T steps with the network that [weights] refers to."""
-        if weights[0] != self.weights:
-            arrays = ray.get(weights[0])  # read-only memory, shared by the actors of a machine
+    def play(self, reference: list) -> Block:
+        """Play T steps. reference: [Ray's, to theta]; without a list Ray would fetch theta."""
+        if reference[0] != self.reference:
+            arrays = ray.get(reference[0])  # read-only memory, shared by the actors of a machine
             self.q_network.load_state_dict({k: torch.tensor(x) for k, x in arrays.items()})
-            self.weights = weights[0]
+            self.reference = reference[0]
         args, rows, episodes = self.args, self.rows, []
         # The first time also the rows before and after the T steps.
         for _ in range(args.steps_per_block if len(rows) else self.length):
@@ -592,9 +592,9 @@ class Actors:
         block = ray.get(ready)
         self.waited += time.time() - started
         self.request(self.requests.pop(ready))
-        if block.number in self.received:
-            raise RuntimeError(f"block {block.number} came twice")
-        self.received.add(block.number)
+        if block.block_id in self.received:
+            raise RuntimeError(f"block {block.block_id} came twice")
+        self.received.add(block.block_id)
         return block
 
     def state_dict(self) -> dict:  # of a checkpoint: a resumed run starts new games
@@ -749,7 +749,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

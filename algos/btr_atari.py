@@ -25,7 +25,7 @@ Deviations from the paper, and from the authors' code where the paper is silent:
 With --n-step above 1 the bonus of the first action alone is added, as in the code.
 
 Run: python algos/btr_atari.py --env-id ALE/Breakout-v5
-Smaller, for a CPU: --width 1 --num-envs 8 --train-frequency 8 --batch-size 32
+Smaller, for a CPU: --width 1 --num-envs 8 --train-frequency 8 --batch-size 32 --adam-eps 1.6e-4
 """
 
 import copy
@@ -47,7 +47,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 10_000_000  # agent steps, summed over the games; one is four frames
     learning_rate: float = 1e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
-    adam_eps: float = 0.005 / 256  # epsilon of adam and adamw
+    adam_eps: float = 0.005 / 256  # epsilon of adam and adamw: 0.005 / batch_size
     max_grad_norm: float = 10.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 2**20  # agent steps kept for replay; up to 7.1 kB each
     gamma: float = 0.997  # discount factor
@@ -58,7 +58,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "exponential"  # how epsilon decays
-    exploration_fraction: float = 0.04  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.04  # decay time (exponential: time constant) / total_timesteps
     epsilon_until: float = 0.5  # with noise, epsilon is 0 after this fraction of total_timesteps
     learning_starts: int = 200_000  # agent steps stored before the first update
     train_frequency: int = 64  # agent steps per update
@@ -173,7 +173,7 @@ def quantile_huber_loss(quantiles, td_target, taus, kappa: float) -> torch.Tenso
 
 
 def tau_log_pi(q_values: torch.Tensor, tau: float) -> torch.Tensor:
-    """tau ln pi(.|s), pi = softmax(q / tau): the largest q is subtracted before q / tau, (B, A)"""
+    """tau ln pi(.|s), (B, A), pi = softmax(q / tau). max q is subtracted first, for precision."""
     return tau * ((q_values - q_values.max(dim=1, keepdim=True).values) / tau).log_softmax(dim=1)
 
 
@@ -261,7 +261,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -276,7 +275,6 @@ def main(args: Args) -> None:
         next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
-
         run.log(infos["episodes"], epsilon, loss, q_taken, **{"charts/per_beta": replay.per_beta})
 
 
@@ -707,7 +705,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

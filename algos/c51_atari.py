@@ -1,20 +1,22 @@
 """Categorical DQN (C51) on Atari. Bellemare et al., 2017, arXiv:1707.06887.
 
-    m_i = sum_j [1 - |Tz_j - z_i| / delta_z]_0^1 p_j(s', a*; theta^-),    Tz_j = r + gamma z_j
-    theta <- theta + lr grad sum_i m_i log p_i(s, a; theta),    Q(s, a) = sum_i z_i p_i(s, a)
+    Tz_j = r + gamma z_j, clipped to [v_min, v_max],    Q(s, a) = sum_i z_i p_i(s, a)
+    m_i = sum_j [1 - |Tz_j - z_i| / delta_z]_0^1 p_j(s', a*; theta^-)
+    theta <- theta + lr grad sum_i m_i log p_i(s, a; theta)
 
 The network learns the distribution of the return: the probabilities p_i of N fixed returns z_i. Its
-target, the distribution at s' scaled by gamma and moved by r, is projected onto the same z_i. A
-gradient of the cross-entropy is bounded, and one transition teaches more than a mean.
+target, the distribution at s' scaled by gamma and moved by r, is projected onto the same z_i.
+The gradient with respect to the logits is bounded, and a transition gives N targets, not one.
 
 Parent: dqn_atari.py. What changes: QNetwork and td_loss; --n-atoms, --v-min and --v-max; the
-paper's learning rate, Adam's epsilon and target period.
+paper's learning rate and Adam's epsilon; a target period of 10,000 agent steps, as in DQN's code.
 
 Deviations from the paper:
 1. 10M agent steps of 4 frames (paper: 50M); PyTorch's initialisation; the last convolution
    is flattened by row, column, channel.
 2. Epsilon is 0.01 in evaluation (paper: 0.001); games last up to 30 minutes (paper: 5).
 3. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
+4. A CPU that has instructions for bfloat16 takes them for all layers but the last.
 The probability of targets outside [v_min, v_max] is logged, as losses/out_of_support.
 
 Run: python algos/c51_atari.py --env-id BreakoutNoFrameskip-v4
@@ -38,7 +40,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 10_000_000  # agent steps, summed over the games; one is four frames
     learning_rate: float = 2.5e-4  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
-    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
+    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw: 0.01 / batch_size
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 1_000_000  # agent steps kept for replay; up to 7.1 kB each
     gamma: float = 0.99  # discount factor
@@ -52,7 +54,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
 
@@ -176,7 +178,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -189,7 +190,6 @@ def main(args: Args) -> None:
         next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
-
         run.log(infos["episodes"], epsilon, loss, q_taken, **{"losses/out_of_support": outside})
 
 
@@ -488,7 +488,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

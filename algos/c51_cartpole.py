@@ -1,11 +1,12 @@
 """Categorical DQN (C51). Bellemare et al., 2017, arXiv:1707.06887.
 
-    m_i = sum_j [1 - |Tz_j - z_i| / delta_z]_0^1 p_j(s', a*; theta^-),    Tz_j = r + gamma z_j
-    theta <- theta + lr grad sum_i m_i log p_i(s, a; theta),    Q(s, a) = sum_i z_i p_i(s, a)
+    Tz_j = r + gamma z_j, clipped to [v_min, v_max],    Q(s, a) = sum_i z_i p_i(s, a)
+    m_i = sum_j [1 - |Tz_j - z_i| / delta_z]_0^1 p_j(s', a*; theta^-)
+    theta <- theta + lr grad sum_i m_i log p_i(s, a; theta)
 
 The network learns the distribution of the return: the probabilities p_i of N fixed returns z_i. Its
-target, the distribution at s' scaled by gamma and moved by r, is projected onto the same z_i. A
-gradient of the cross-entropy is bounded, and one transition teaches more than a mean.
+target, the distribution at s' scaled by gamma and moved by r, is projected onto the same z_i.
+The gradient with respect to the logits is bounded, and a transition gives N targets, not one.
 
 Parent: dqn_cartpole.py. What changes: QNetwork and td_loss; --n-atoms, --v-min and --v-max.
 
@@ -37,7 +38,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     learning_rate: float = 5e-4  # of the optimizer
     lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
-    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
+    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw: 0.01 / batch_size
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 10_000  # transitions kept for replay
     gamma: float = 0.99  # discount factor
@@ -50,7 +51,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.5  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.5  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 10_000  # transitions stored before the first update
     train_frequency: int = 10  # environment steps per update
 

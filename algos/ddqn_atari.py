@@ -3,7 +3,8 @@
     y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-)
 
 DQN's max over noisy estimates is biased upwards: an action is chosen because it is overestimated.
-Here theta chooses the action and theta^- evaluates it: an error of theta does not also raise y.
+Here theta chooses the action and theta^- evaluates it: if theta overestimates an action, it may be
+chosen, but its value in y comes from theta^-.
 
 Parent: dqn_atari.py. What changes: two lines of td_loss.
 
@@ -13,10 +14,12 @@ Deviations from the paper:
    one for all).
 2. 10M agent steps of 4 frames (paper: 50M). Epsilon ends at 0.01 and is 0.01 in evaluation (paper,
    tuned: 0.01 and 0.001); games last up to 30 minutes (paper, from no-op starts: 5).
-3. Target period 1,000 agent steps, which are 250 updates (paper, tuned: 30,000 frames).
+3. Target period 1,000 agent steps: 4,000 frames, 250 updates (paper: 10,000 frames, tuned 30,000).
 4. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
+5. A CPU that has instructions for bfloat16 takes them for all layers but the last (paper: float32).
 
-As published (untuned): the flags that dqn_atari.py gives.
+As published (untuned): the flags of dqn_atari.py, but with --target-network-frequency 10000, which
+is DQN's in the authors' code; the paper calls it 10,000 frames.
 Run: python algos/ddqn_atari.py --env-id BreakoutNoFrameskip-v4
 """
 
@@ -50,7 +53,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
 
@@ -89,7 +92,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma^k Q(s', argmax_a' Q(s', a'; theta); theta^-)
         next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)
@@ -148,7 +151,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -161,7 +163,6 @@ def main(args: Args) -> None:
         next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
-
         run.log(infos["episodes"], epsilon, loss, q_taken)
 
 
@@ -460,7 +461,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

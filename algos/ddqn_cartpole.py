@@ -42,7 +42,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.5  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.5  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 10_000  # transitions stored before the first update
     train_frequency: int = 10  # environment steps per update
 
@@ -92,7 +92,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma Q(s', argmax_a' Q(s', a'; theta); theta^-)
         next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)

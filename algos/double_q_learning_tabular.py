@@ -37,7 +37,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --resume, --eval-e
     gamma: float = 0.99  # discount factor
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.1  # epsilon once it has decayed
-    exploration_fraction: float = 1.0  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 1.0  # decay time (exponential: time constant) / total_timesteps
 
 
 class Transition(NamedTuple):
@@ -93,7 +93,7 @@ def epsilon_at(step: int, args: Args) -> float:
 def act(q_values: np.ndarray, epsilon: float, rng) -> int:
     """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any legal action."""
     if rng.random() < epsilon:
-        q_values = np.where(q_values > -np.inf, 0.0, -np.inf)  # all legal actions are equal
+        q_values = np.where(q_values > -np.inf, 0.0, -np.inf)  # all legal actions: one is drawn
     return argmax(q_values, rng)
 
 

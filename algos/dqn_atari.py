@@ -12,13 +12,15 @@ the order of the loop, so that the games play while the network learns.
 Deviations from the paper (its value in parentheses):
 1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp; the last convolution is
    flattened by row, column, channel. PyTorch initialises as Torch did for the paper.
-2. 10M agent steps of 4 frames (50M). Target period 1,000 of them: 250 updates (10,000).
+2. 10M agent steps of 4 frames (50M). Target period 1,000 of them: 250 updates (10,000 updates; in
+   the authors' code 10,000 agent steps, which are 2,500 updates).
 3. Epsilon ends at 0.01 (0.1) and is 0.01 in evaluation (0.05). Games are cut after 30 minutes (5).
 4. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
+5. A CPU that has instructions for bfloat16 takes them for all layers but the last (float32).
 
 As published: python algos/dqn_atari.py --optimizer rmsprop --learning-rate 2.5e-4 --num-envs 1
-  --total-timesteps 50000000 --exploration-fraction 0.02 --end-e 0.1 --no-fire-reset
-  --target-network-frequency 40000 --eval-e 0.05 --eval-episodes 30 --eval-max-frames 18000
+  --total-timesteps 50000000 --end-e 0.1 --no-fire-reset --eval-episodes 30 --precision float32
+  --target-network-frequency 40000 --exploration-fraction 0.02 --eval-max-frames 18000 --eval-e 0.05
 Still different: frames are reduced by area averages, and a stack goes on after a lost life.
 
 Run: python algos/dqn_atari.py --env-id BreakoutNoFrameskip-v4
@@ -54,7 +56,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
 
@@ -93,7 +95,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma^k max_a' Q(s', a'; theta^-)
         next_q_values = target_network(batch.next_obs).amax(dim=1)  # (B,)
@@ -151,7 +153,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -164,7 +165,6 @@ def main(args: Args) -> None:
         next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
-
         run.log(infos["episodes"], epsilon, loss, q_taken)
 
 
@@ -463,7 +463,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

@@ -2,13 +2,13 @@
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'),    y as in Double DQN
 
-In many states the choice of the action hardly matters, but their value does. V(s) is shared by all
-actions, so each update of one action improves the values of the others, too. Subtracting the mean
-makes V and A unique: otherwise a constant could move from one to the other without changing Q.
+In many states the choice of the action hardly matters, but the value of the state does. V(s) is
+shared by all actions, so an update of one action improves the values of the others, too. Without
+the mean, V and A are not unique: a constant could move from one to the other without changing Q.
 
 Parent: ddqn_atari.py. What changes: QNetwork, and the gradient's norm is clipped to 10.
 
-Deviations from the paper: 2, 3 and 4 of ddqn_atari.py, and
+Deviations from the paper: 2 to 5 of ddqn_atari.py, and
 1. Adam (learning rate 1e-4, epsilon 1e-8) instead of RMSProp (6.25e-5); the last
    convolution is flattened by row, column, channel.
 
@@ -45,7 +45,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
 
@@ -81,7 +81,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         features = self.features(scaled(obs))  # scaled: uint8 / 255
-        if torch.is_grad_enabled():  # the streams' gradients add up: scale the sum by 1/sqrt(2)
+        if torch.is_grad_enabled():  # scale the gradient, a sum of two streams', by 1/sqrt(2)
             features = features.detach() + (features - features.detach()) / 2**0.5
         of_value, of_advantage = self.hidden(features).chunk(2, dim=1)  # (B, 512) each
         value, advantages = self.value(of_value), self.advantage(of_advantage)  # (B, 1), (B, A)
@@ -90,7 +90,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma^k Q(s', argmax_a' Q(s', a'; theta); theta^-)
         next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)
@@ -149,7 +149,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -162,7 +161,6 @@ def main(args: Args) -> None:
         next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
-
         run.log(infos["episodes"], epsilon, loss, q_taken)
 
 
@@ -461,7 +459,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

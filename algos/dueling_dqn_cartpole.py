@@ -2,9 +2,9 @@
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')
 
-In many states the choice of the action hardly matters, but their value does. V(s) is shared by all
-actions, so each update of one action improves the values of the others, too. Subtracting the mean
-makes V and A unique: otherwise a constant could move from one to the other without changing Q.
+In many states the choice of the action hardly matters, but the value of the state does. V(s) is
+shared by all actions, so an update of one action improves the values of the others, too. Without
+the mean, V and A are not unique: a constant could move from one to the other without changing Q.
 
 Parent: dqn_cartpole.py. What changes: QNetwork, and the gradient's norm is clipped to 10.
 
@@ -47,7 +47,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.5  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.5  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 10_000  # transitions stored before the first update
     train_frequency: int = 10  # environment steps per update
 
@@ -103,7 +103,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma max_a' Q(s', a'; theta^-)
         next_q_values = target_network(batch.next_obs).amax(dim=1)  # (B,)

@@ -9,8 +9,9 @@ Z_tau, the quantile at any tau. Q is the mean of Z_tau over tau, estimated with 
 Parent: qrdqn_atari.py. What changes: the arguments for tau, QNetwork, the tau in td_loss.
 
 Deviations from the paper: those of qrdqn_atari.py, and
-1. N = N' = 8 (paper: 64). K is 32 and i counts from 0, as in the paper; Dopamine counts from 1.
+1. N = N' = 8 (paper: 64).
 2. In evaluation the K tau are midpoints (drawn): the same state always has the same values.
+As in the paper K is 32, and the cosines are cos(pi i tau) with i from 0 (Dopamine: from 1).
 
 Run: python algos/iqn_atari.py --env-id BreakoutNoFrameskip-v4
 """
@@ -33,7 +34,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 10_000_000  # agent steps, summed over the games; one is four frames
     learning_rate: float = 5e-5  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
-    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
+    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw: 0.01 / batch_size
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 1_000_000  # agent steps kept for replay; up to 7.1 kB each
     gamma: float = 0.99  # discount factor
@@ -49,7 +50,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
 
@@ -177,7 +178,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -190,7 +190,6 @@ def main(args: Args) -> None:
         next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
-
         run.log(infos["episodes"], epsilon, loss, q_taken)
 
 
@@ -489,7 +488,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

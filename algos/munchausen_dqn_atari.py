@@ -4,7 +4,7 @@
 
 Here q = Q(.; theta^-) and pi = softmax(q / tau), so the sum over b is a soft maximum of q. The
 reward gains alpha times the scaled log-probability of the action taken, clipped to [l0, 0]: an
-action that theta^- does not prefer costs up to alpha |l0|. This keeps the policy near its last.
+action that theta^- does not prefer costs up to alpha |l0|, so that the policy changes slowly.
 
 Parent: dqn_atari.py. What changes: three arguments, tau_log_pi, the target in td_loss; the paper's
 learning rate, Adam's epsilon, target period and start.
@@ -15,6 +15,7 @@ Deviations from the paper:
 2. A life lost ends an episode, and the v4 games have no sticky actions (paper: neither; take
    ALE/Breakout-v5). Epsilon decays in 1M steps (paper: 250,000).
 3. Eight games at once. FIRE is pressed once, when a game starts; the agent must do it after a life.
+4. A CPU that has instructions for bfloat16 takes them for all layers but the last.
 With --n-step above 1 the bonus of the first action alone is added.
 
 Run: python algos/munchausen_dqn_atari.py --env-id BreakoutNoFrameskip-v4
@@ -38,7 +39,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     total_timesteps: int = 10_000_000  # agent steps, summed over the games; one is four frames
     learning_rate: float = 5e-5  # of the optimizer
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
-    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
+    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw: 0.01 / batch_size
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 1_000_000  # agent steps kept for replay; up to 7.1 kB each
     gamma: float = 0.99  # discount factor
@@ -53,7 +54,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 20_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
 
@@ -97,12 +98,12 @@ class QNetwork(nn.Module):
 
 
 def tau_log_pi(q_values: torch.Tensor, tau: float) -> torch.Tensor:
-    """tau ln pi(.|s), pi = softmax(q / tau): the largest q is subtracted before q / tau, (B, A)"""
+    """tau ln pi(.|s), (B, A), pi = softmax(q / tau). max q is subtracted first, for precision."""
     return tau * ((q_values - q_values.max(dim=1, keepdim=True).values) / tau).log_softmax(dim=1)
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     actions, tau = batch.actions[:, None], args.entropy_tau
     with torch.no_grad():
         # y = r + alpha [tau ln pi(a|s)]_l0^0 + gamma sum_b pi(b|s') (q(s', b) - tau ln pi(b|s'))
@@ -166,7 +167,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -179,7 +179,6 @@ def main(args: Args) -> None:
         next_obs, rewards, terminations, _, infos = envs.recv()  # a truncated s' is not terminal
         replay.add(obs[:, -1], actions, np.clip(rewards, -1, 1), terminations, episode_starts)
         obs, episode_starts = next_obs, infos["episode_starts"]
-
         run.log(infos["episodes"], epsilon, loss, q_taken)
 
 
@@ -478,7 +477,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

@@ -4,7 +4,7 @@
 
 Here q = Q(.; theta^-) and pi = softmax(q / tau), so the sum over b is a soft maximum of q. The
 reward gains alpha times the scaled log-probability of the action taken, clipped to [l0, 0]: an
-action that theta^- does not prefer costs up to alpha |l0|. This keeps the policy near its last.
+action that theta^- does not prefer costs up to alpha |l0|, so that the policy changes slowly.
 
 Parent: dqn_cartpole.py. What changes: three arguments, tau_log_pi, the target in td_loss.
 
@@ -50,7 +50,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.5  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.5  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 10_000  # transitions stored before the first update
     train_frequency: int = 10  # environment steps per update
 
@@ -105,12 +105,12 @@ class QNetwork(nn.Module):
 
 
 def tau_log_pi(q_values: torch.Tensor, tau: float) -> torch.Tensor:
-    """tau ln pi(.|s), pi = softmax(q / tau): the largest q is subtracted before q / tau, (B, A)"""
+    """tau ln pi(.|s), (B, A), pi = softmax(q / tau). max q is subtracted first, for precision."""
     return tau * ((q_values - q_values.max(dim=1, keepdim=True).values) / tau).log_softmax(dim=1)
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     actions, tau = batch.actions[:, None], args.entropy_tau
     with torch.no_grad():
         # y = r + alpha [tau ln pi(a|s)]_l0^0 + gamma sum_b pi(b|s') (q(s', b) - tau ln pi(b|s'))

@@ -10,10 +10,10 @@ rises to 1. New transitions get the largest p so far, so that each of them is dr
 Parent: ddqn_atari.py. What changes: PrioritizedFrameReplay, the weights in td_loss, beta, and a
 quarter of the learning rate, as in the paper. Below the line: SumTree, which finds a row by P(i).
 
-Deviations from the paper: those of ddqn_atari.py, and
-1. w_i is divided by the largest weight of the batch (paper: not said; all known code does this).
+Deviations from the paper: those of ddqn_atari.py, but for the learning rate, and
+1. w_i is divided by the largest weight of the batch (paper: does not say of what; OpenAI Baselines
+   takes the largest of the replay).
 2. p_i is |delta_i| although the loss is the Huber loss (paper: delta clipped to [-1, 1]).
-3. beta rises linearly over the agent steps of the run.
 
 Run: python algos/per_ddqn_atari.py --env-id BreakoutNoFrameskip-v4
 """
@@ -48,7 +48,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 50_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
     per_alpha: float = 0.6  # 0 draws uniformly, 1 in proportion to the TD error
@@ -146,7 +146,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma^k Q(s', argmax_a' Q(s', a'; theta); theta^-)
         next_actions = q_network(batch.next_obs).argmax(dim=1, keepdim=True)  # theta chooses (B, 1)
@@ -209,7 +209,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -577,7 +576,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

@@ -12,7 +12,7 @@ SumTree, which is below the line; the loss is weighted.
 Deviations from the paper: those of dqn_cartpole.py, and
 1. DQN's update (Double DQN's), with DQN's learning rate (a quarter of it).
 2. The priority is the TD error itself (clipped to [-1, 1]), also with --loss huber.
-3. max_j w_j is that of the batch, as in all public implementations (the paper does not say).
+3. max_j w_j is that of the batch (the paper does not say; OpenAI Baselines: of the replay).
 4. p_i^alpha is rounded to a positive multiple of 2^-20; eps is 1e-6 (not given).
 
 Run: python algos/per_dqn_cartpole.py
@@ -48,7 +48,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.5  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.5  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 10_000  # transitions stored before the first update
     train_frequency: int = 10  # environment steps per update
     per_alpha: float = 0.6  # 0 draws uniformly, 1 in proportion to the TD error
@@ -137,7 +137,7 @@ class QNetwork(nn.Module):
 
 
 def td_loss(q_network, target_network, batch: Batch, args: Args):
-    """-> the loss, a scalar; TD errors, (B,), for prioritized replay; Q(s, a), (B,)"""
+    """-> the loss, a scalar; TD errors, (B,), for a replay with priorities; Q(s, a), (B,)"""
     with torch.no_grad():
         # y = r + gamma max_a' Q(s', a'; theta^-)
         next_q_values = target_network(batch.next_obs).amax(dim=1)  # (B,)

@@ -48,7 +48,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.001  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
 
     def rules(self) -> list:
         n = self.num_envs * self.num_steps
@@ -82,12 +82,8 @@ class Rollout:
     def add(self, obs, actions, rewards, next_obs, discounts, truncations, steps) -> None:
         """Store one step of each game, arrays of shape (E, ...)."""
         t = self.size
-        self.obs[t], self.actions[t], self.rewards[t], self.obs[t + 1] = (
-            obs,
-            actions,
-            rewards,
-            next_obs,
-        )
+        self.obs[t], self.actions[t], self.rewards[t] = obs, actions, rewards
+        self.obs[t + 1] = next_obs  # s'; the next step writes the same frames here again
         self.discounts[t], self.truncations[t], self.steps[t] = discounts, truncations, steps
         self.size += 1
 
@@ -324,7 +320,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

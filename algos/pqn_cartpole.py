@@ -47,7 +47,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.2  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.2  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.2  # decay time (exponential: time constant) / total_timesteps
 
     def rules(self) -> list:
         n = self.num_envs * self.num_steps

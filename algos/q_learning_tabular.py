@@ -4,7 +4,7 @@
 
 The target takes the best action in s', whatever the agent does there: Q approaches Q*, the values
 of the optimal policy, while the agent explores (off-policy). It converges to Q* with probability 1
-if every (s, a) is updated without end, and the n-th time with alpha = 1/n^w, 1/2 < w <= 1 (rewards
+if every (s, a) is updated infinitely often, the n-th time with alpha = 1/n^w, 1/2 < w <= 1 (rewards
 bounded, gamma < 1).
 
 Parent: none. Read down to the line of =: that is all of Q-learning. Then: diff with
@@ -15,7 +15,7 @@ The papers leave open how to explore, alpha and the first values of Q. Here:
 2. alpha = 1/n^0.55 on FrozenLake; constant on CliffWalking and Taxi, which are deterministic.
    ENV_DEFAULTS, below the line, has the settings of each environment.
 3. Q starts at 0. Where every reward is -1 that is too high, so that the agent tries all actions.
-4. A time limit (truncation) is no end of the task: the target still contains Q(s', a').
+4. A time limit (truncation) does not end the task: the target keeps gamma max_a' Q(s', a').
 
 Run: python algos/q_learning_tabular.py
 Try: --env-id CliffWalking-v1
@@ -39,7 +39,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --resume, --eval-e
     gamma: float = 0.99  # discount factor
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.1  # epsilon once it has decayed
-    exploration_fraction: float = 1.0  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 1.0  # decay time (exponential: time constant) / total_timesteps
 
 
 class Transition(NamedTuple):
@@ -51,7 +51,7 @@ class Transition(NamedTuple):
 
 
 def make_q_table(legal: np.ndarray) -> np.ndarray:
-    """Q(s, a) = 0, (S, A); -inf where the action is not legal, (S, A) bool: never the argmax."""
+    """Q, (S, A): 0 where `legal`, (S, A) bool, holds; elsewhere -inf, so that argmax skips it."""
     return np.where(legal, 0.0, -np.inf)
 
 
@@ -93,7 +93,7 @@ def epsilon_at(step: int, args: Args) -> float:
 def act(q_values: np.ndarray, epsilon: float, rng) -> int:
     """Epsilon-greedy: argmax_a Q(s, a), or with probability epsilon any legal action."""
     if rng.random() < epsilon:
-        q_values = np.where(q_values > -np.inf, 0.0, -np.inf)  # all legal actions are equal
+        q_values = np.where(q_values > -np.inf, 0.0, -np.inf)  # all legal actions: one is drawn
     return argmax(q_values, rng)
 
 

@@ -37,7 +37,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     learning_rate: float = 1e-3  # of the optimizer
     lr_schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"  # its decay
     optimizer: Literal["adam", "adamw", "rmsprop"] = "adam"  # amsgrad with adamw, centred rmsprop
-    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw
+    adam_eps: float = 0.01 / 32  # epsilon of adam and adamw: 0.01 / batch_size
     max_grad_norm: float = 0.0  # gradients are clipped to this norm; 0: they are not
     buffer_size: int = 10_000  # transitions kept for replay
     gamma: float = 0.99  # discount factor
@@ -49,7 +49,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.5  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.5  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 10_000  # transitions stored before the first update
     train_frequency: int = 10  # environment steps per update
 

@@ -5,7 +5,7 @@
 
 DQN with six improvements: Double Q-learning, dueling networks, prioritized replay, n-step returns,
 noisy networks and distributions of the return. Each has a switch. With all six off this is DQN's
-update; with one on, it is the update of that part's own file.
+update; with one on, that of the part's own file (dueling and prioritized: with Double, too).
 
 Parent: dqn_atari.py. What changes: six parts; [file] names where a block comes from; the paper's
 settings. Below the line, unchanged: PrioritizedFrameReplay and NoisyLinear.
@@ -13,14 +13,18 @@ settings. Below the line, unchanged: PrioritizedFrameReplay and NoisyLinear.
 Deviations from the paper:
 1. 10M agent steps of 4 frames (paper: 50M); PyTorch's initialisation; the last convolution
    is flattened by row, column, channel.
-2. Evaluation is without noise, with epsilon 0.01 (paper: 0); games last up to 30 minutes.
+2. Evaluation is without noise, with epsilon 0.01 (paper: 0). As in the dueling paper, the
+   gradient's norm is clipped to 10, and scaled by 1/sqrt(2) below the streams (paper: not said).
 3. w_i is divided by the largest of the batch (paper: not said). Without distributions the priority
    is the TD error, with them D_KL(m || p), as in the paper.
 4. The streams' hidden layers are one layer of 2 x 512, so they share the noise of their inputs.
 5. Eight games at once, with the same noise. FIRE is pressed once, when a game starts.
+6. A CPU that has instructions for bfloat16 takes them for all layers but the last.
 
 Run: python algos/rainbow_atari.py --env-id BreakoutNoFrameskip-v4
 DQN: --no-double --no-dueling --no-prioritized --n-step 1 --no-noisy --no-distributional
+  --max-grad-norm 0 --learning-rate 1e-4 --adam-eps 1e-8 --target-network-frequency 1000
+  --learning-starts 50000
 """
 
 import copy
@@ -54,7 +58,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.01  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.10  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.10  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 20_000  # agent steps stored before the first update
     train_frequency: int = 4  # agent steps per update
     double: bool = True  # theta chooses a*, theta^- evaluates it
@@ -88,7 +92,7 @@ class Batch(NamedTuple):  # k <= n_step: an episode may end before n steps
 
 
 class QNetwork(nn.Module):
-    """(B, 4, 84, 84) frames -> (B, A) action values, the means of N probabilities each."""
+    """(B, 4, 84, 84) frames -> (B, A) action values: means of distributions over N returns."""
 
     def __init__(self, n_actions: int, args: Args):
         super().__init__()
@@ -119,11 +123,12 @@ class QNetwork(nn.Module):
         features, shape = self.features(scaled(obs)), (self.n_actions, self.n_atoms)
         if hasattr(self, "head"):
             return self.head(self.hidden(features)).unflatten(1, shape)
-        if torch.is_grad_enabled():  # the streams' gradients add up: scale the sum by 1/sqrt(2)
+        if torch.is_grad_enabled():  # scale the gradient, a sum of two streams', by 1/sqrt(2)
             features = features.detach() + (features - features.detach()) / 2**0.5
-        of_value, of_advantage = self.hidden(features).chunk(2, dim=1)
-        value, advantages = self.value(of_value), self.advantage(of_advantage).unflatten(1, shape)
-        return value[:, None] + advantages - advantages.mean(dim=1, keepdim=True)
+        of_value, of_advantage = self.hidden(features).chunk(2, dim=1)  # (B, 512) each
+        value = self.value(of_value)[:, None]  # (B, 1, N)
+        advantages = self.advantage(of_advantage).unflatten(1, shape)  # (B, A, N)
+        return value + advantages - advantages.mean(dim=1, keepdim=True)
 
     def q_values(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.softmax(dim=2) @ self.support if self.n_atoms > 1 else logits.squeeze(2)
@@ -161,11 +166,11 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
 
 @torch.no_grad()
 def projected(next_pmf, batch: Batch, z):
-    """[c51_atari.py] m, R + gamma^k z projected onto the atoms z, (B, N); what was clipped"""
+    """[c51_atari.py] m, R + gamma^k z projected onto z, (B, N); the probability clipped"""
     last, v_min = len(z) - 1, z[0]
     delta_z = (z[-1] - v_min) / last
     tz = batch.rewards[:, None] + batch.discounts[:, None] * z  # (B, N)
-    b = (tz - v_min) / delta_z  # where Tz_j lies: its index in z, (B, N)
+    b = (tz - v_min) / delta_z  # where Tz_j lies: its index in z, before it is clipped, (B, N)
     clipped = b.clamp(0, last)
     outside = (next_pmf * ((b - clipped).abs() > 1e-3)).sum(dim=1).mean()
     # m_i = sum_j [1 - |Tz_j - z_i| / delta_z]_0^1 p_j(s', a*): the two atoms beside Tz_j share p_j
@@ -230,7 +235,6 @@ def main(args: Args) -> None:
         actions = act(actor, obs, epsilon, run.rng, run.device)
         # ---- 2. step: the games play on threads of their own until recv(), while we learn --------
         envs.send(actions)
-
         if len(replay) >= args.learning_starts:
             # ---- 3. learn ------------------------------------------------------------------------
             for _ in range(run.due(args.train_frequency)):  # num_envs / train_frequency on average
@@ -675,7 +679,8 @@ def scaled(obs: torch.Tensor) -> torch.Tensor:
 class Games(AtariVectorEnv):
     """Atari games on native threads, with returns of whole games and an exact state_dict.
 
-    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first.
+    84x84 grey, 4 frames a step (maximum of the last 2); stacks of 4, zeros before the first. A game
+    starts with a random number of no-ops, up to 30, and then FIRE (--fire-reset).
     A life lost sets `terminated` and the game goes on. A game that is over is reset by the *next*
     step, which ignores its action (NEXT_STEP); `infos["episode_starts"]` then says so.
 

@@ -51,7 +51,7 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon once it has decayed
     exploration: Literal["linear", "exponential", "cosine"] = "linear"  # how epsilon decays
-    exploration_fraction: float = 0.5  # decay time, as a fraction of total_timesteps
+    exploration_fraction: float = 0.5  # decay time (exponential: time constant) / total_timesteps
     learning_starts: int = 10_000  # transitions stored before the first update
     train_frequency: int = 10  # environment steps per update
     double: bool = True  # theta chooses a*, theta^- evaluates it
@@ -179,11 +179,11 @@ def td_loss(q_network, target_network, batch: Batch, args: Args):
 
 @torch.no_grad()
 def projected(next_pmf, batch: Batch, z):
-    """[c51_cartpole.py] m, R + gamma^k z projected onto the atoms z, (B, N); what was clipped"""
+    """[c51_cartpole.py] m, R + gamma^k z projected onto z, (B, N); the probability clipped"""
     last, v_min = len(z) - 1, z[0]
     delta_z = (z[-1] - v_min) / last
     tz = batch.rewards[:, None] + batch.discounts[:, None] * z  # (B, N)
-    b = (tz - v_min) / delta_z  # where Tz_j lies: its index in z, (B, N)
+    b = (tz - v_min) / delta_z  # where Tz_j lies: its index in z, before it is clipped, (B, N)
     clipped = b.clamp(0, last)
     outside = (next_pmf * ((b - clipped).abs() > 1e-3)).sum(dim=1).mean()
     # m_i = sum_j [1 - |Tz_j - z_i| / delta_z]_0^1 p_j(s', a*): the two atoms beside Tz_j share p_j

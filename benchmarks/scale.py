@@ -71,7 +71,7 @@ def measure_actors(apex, args, count):
             rates.append(received * apex_args.num_envs * apex_args.steps_per_block / seconds)
         while count == 1 and len(blocks) < args.blocks:
             block = actors.recv()  # copied: the memory is the object store's
-            blocks.append(apex.Block(*map(np.copy, block[:6]), [], block.number))
+            blocks.append(apex.Block(*map(np.copy, block[:6]), [], block.block_id))
     finally:
         apex.ray.shutdown()
     return rates, blocks

@@ -154,7 +154,7 @@ def test_blocks_give_each_transition_once_with_the_learners_priority(script, mak
 
 
 def process_of(block):
-    return int(block.number[0].split(":")[1])
+    return int(block.block_id[0].split(":")[1])
 
 
 def leaves_of(replay):
@@ -202,7 +202,7 @@ def test_killed_actors_are_replaced_and_no_block_is_lost(with_ray, kills):
     while len({x for x, _ in seen}) < kills + 2:
         assert time.monotonic() < deadline, f"{len(killed)} killed: an actor was not replaced"
         block = actors.recv()
-        seen.append(block.number)
+        seen.append(block.block_id)
         for row in zip(*block[:5]):
             replay.add(*row)
         replay.set_newest_priorities(np.ascontiguousarray(block.td_error.T))
