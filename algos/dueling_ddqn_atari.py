@@ -623,9 +623,13 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return results
         if self.calls == self.WARM_UP + 1:
-            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):  # records, and runs nothing
-                self.results = self.function(*self.inputs)
+            # Not in inference mode, where act() is: before torch 2.11 all graphs share a tensor of
+            # the random generator, and the first recording would make it one that cannot change.
+            grad = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+                self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.stream):  # records, and runs nothing
+                    self.results = self.function(*self.inputs)
         for own, new in zip(self.inputs, inputs):
             own.copy_(new)
         self.graph.replay()

@@ -22,11 +22,11 @@ rate against them.
 On Atari the scripts compute in float32 here, as the peers do, unless a variant says
 precision=bfloat16.
 
-For each variant, the FLOPs of an agent step are counted once, and before each round of turns the
-rate of matrix products in its precision is measured. Their ratio is the roofline: about the most
-steps per second that the processor allows. `--profile FOLDER` does not compare: it writes a trace
-of each variant into the folder, for chrome://tracing, and a table of where an agent step's time
-goes; `--record` keeps the tables.
+For each variant on a CPU, the FLOPs of an agent step are counted once, and before each round of
+turns the rate of matrix products in its precision is measured. Their ratio is the roofline: about
+the most steps per second that the processor allows. `--profile FOLDER` does not compare: it writes
+a trace of each variant into the folder, for chrome://tracing, and a table of where the time of an
+agent step goes; `--record` keeps the tables.
 
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
@@ -444,14 +444,16 @@ def main():
             sys.exit("error: no peer is set up for MinAtar; give --alone.")
         sides += args.peers or ["CleanRL"] * bool(args.cleanrl) + ["Stable-Baselines3"]
     rates, drift, failed, matrix, flops = {side: [] for side in sides}, [], {}, [], {}
-    for variant in args.variants:
+    on_cpu = [x for x in args.variants if "device=cuda" not in x.split()]  # others: no roofline
+    for variant in on_cpu:
         side = f"CleanQ {variant}".strip()
         try:
             flops[side] = step_of(args, variant)["flops"]
         except TurnFailed as reason:
             print(f"{side}: FLOPs not counted: {reason}", flush=True)
     for repeat in range(args.repeats):
-        matrix.append(matrix_rates(args))
+        if on_cpu:
+            matrix.append(matrix_rates(args))
         for side in sides:
             if side in failed:
                 continue
@@ -468,7 +470,7 @@ def main():
                 print(f"{side}: not measured: {reason}", flush=True)
             else:
                 print(f"{repeat + 1}/{args.repeats} {side}: {rates[side][-1]:.0f}", flush=True)
-    middle = {key: statistics.median(rates[key] for rates in matrix) for key in matrix[0]}
+    middle = {p: statistics.median(r[p] for r in matrix) for p in (matrix[0] if matrix else ())}
     counted = {"flops_per_step": flops, "matrix_rates": middle}
     report = report_of(args, rates, drift, failed, counted)
     print(report)

@@ -363,6 +363,20 @@ def test_a_self_check_that_cannot_run_is_tried_again(device, monkeypatch):
     assert fastreplay.cuda_problem() == ""
 
 
+def test_a_self_check_that_is_interrupted_has_not_passed(device, monkeypatch):
+    def interrupt(where):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_device, "checks_emulation", True)
+    monkeypatch.setattr(_device, "_self_checks", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(_self_check, "difference", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fastreplay.cuda_problem()
+    monkeypatch.setattr(_self_check, "difference", lambda where: "draws")
+    assert "draws differ" in fastreplay.cuda_problem()
+
+
 @pytest.mark.skipif("cuda" not in fastreplay.backends(), reason="needs the CUDA build")
 def test_a_gpu_that_cannot_be_used_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI, TABULAR = 938, 1242, 660
+VECTORS, ATARI, TABULAR = 938, 1246, 660
 OF_ATARI = {
     *(
         "Args",
@@ -162,20 +162,20 @@ FAMILY = {
     "nstep_dqn_atari": Member("dqn_atari", {"Args"}, 2, ATARI),
     "dueling_ddqn_atari": Member("ddqn_atari", {"Args", "QNetwork"}, 20, ATARI),
     "per_ddqn_atari": Member(
-        "ddqn_atari", OF_PER_ATARI, 138, 1355, 229, {"SumTree": "per_dqn_cartpole"}
+        "ddqn_atari", OF_PER_ATARI, 138, 1359, 229, {"SumTree": "per_dqn_cartpole"}
     ),
     # Above the line are the halves of two processes: what an actor does, and what the learner does.
     "apex_dqn_atari": Member(
         "dueling_ddqn_atari",
         OF_APEX,
         440,
-        1528,
+        1532,
         270,
         dict.fromkeys(("td_loss", "SumTree", "make_replay"), "per_ddqn_atari"),
     ),
-    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 283, 1458, 254, TAKEN_BY_RAINBOW_ATARI),
+    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 283, 1462, 254, TAKEN_BY_RAINBOW_ATARI),
     # Seven methods of other files are above the line; what Rainbow has below it, this has, too.
-    "btr_atari": Member("rainbow_atari", OF_BTR, 237, 1485, 282, TAKEN_BY_BTR, ("projected",)),
+    "btr_atari": Member("rainbow_atari", OF_BTR, 237, 1488, 282, TAKEN_BY_BTR, ("projected",)),
     "pqn_atari": Member(
         "dqn_atari",
         OF_PQN_ATARI,

@@ -293,6 +293,22 @@ def steady(make_fast, rows=10, steps=10, **options):
     return replay
 
 
+def test_the_default_device_of_torch_changes_nothing(make_fast):
+    """A script may call torch.set_default_device("cuda"); "meta" stands for it here."""
+    found = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            one = filled(make_fast, prioritized=True, n_step=2, steps=40)
+            one.set_newest_priorities(torch.ones(2, 3, device="cpu"))
+            one.update_priorities([3, 5], torch.ones(2, device="cpu"))
+            other = make_fast(600, (2, 2), num_envs=2, prioritized=True, n_step=2)
+            other.load_state_dict(one.state_dict())
+            drawable = other.drawable(list(range(40))).nonzero().flatten()
+            batches = one.sample(8), other.sample(8), other.gather(drawable.tolist())
+        found.append([x.cpu() for batch in batches for x in batch])
+    assert all(map(torch.equal, *found))
+
+
 def test_a_priority_of_a_row_overwritten_since_its_draw_is_dropped(make_fast):
     replay = steady(make_fast)
     drawn = replay.draw(200)

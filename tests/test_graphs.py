@@ -67,12 +67,16 @@ class Record(TorchDispatchMode):
     """Stands for torch.cuda.graph. It also runs what it records; a GPU does not."""
 
     now = None  # the graph that is recorded
+    generator = None  # a tensor that all graphs share, as in torch before 2.11
 
     def __init__(self, graph, stream):
         super().__init__()
         self.graph = graph
 
     def __enter__(self):
+        if Record.generator is None:
+            Record.generator = torch.zeros(1)
+        Record.generator.fill_(0)  # an error if the first recording was in inference mode
         Record.now = self.graph
         return super().__enter__()
 
@@ -130,6 +134,7 @@ def graphs(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     made = []
     monkeypatch.setattr(Graph, "made", made)
+    monkeypatch.setattr(Record, "generator", None)
     return made
 
 

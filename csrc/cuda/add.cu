@@ -67,6 +67,16 @@ __device__ void refresh(const DeviceRing& ring, const DeviceTree& tree, const Ri
   }
 }
 
+// Copies n units of T. Called by a whole block. The memory does not overlap, so that a load need
+// not wait for the stores before it.
+template <typename T>
+__device__ void copy_units(const uint8_t* from, uint8_t* to, int64_t n) {
+  const T* __restrict__ const source = reinterpret_cast<const T*>(from);
+  T* __restrict__ const target = reinterpret_cast<T*>(to);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) target[i] = source[i];
+}
+
 __global__ void add_kernel(const __grid_constant__ DeviceRing ring,
                            const __grid_constant__ DeviceTree tree,
                            const __grid_constant__ Row row) {
@@ -80,11 +90,9 @@ __global__ void add_kernel(const __grid_constant__ DeviceRing ring,
   if (ring.memory.frames == nullptr) {
     // Patches have stored the frame.
   } else if (is_aligned(row.frames, row.frame_stride, 16) && bytes % 16 == 0) {
-    for (int64_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) {
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
-    }
+    copy_units<uint4>(from, to, bytes / 16);
   } else {
-    for (int64_t i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from[i];
+    copy_units<uint8_t>(from, to, bytes);
   }
   if (threadIdx.x < 32) {
     const int lane = static_cast<int>(threadIdx.x);

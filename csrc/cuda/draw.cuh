@@ -39,10 +39,10 @@ __device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, ui
   }
   const uint64_t bits = random64(seed, call, sample32, kAttempts);
   uint64_t k = mulhi64(bits, static_cast<uint64_t>(ring.counters->n_drawable));
-  const int64_t size = ring.layout.num_envs * rows;
+  const int64_t size = static_cast<int64_t>(stored_rows);
   for (int64_t first = 0; first < size; first += 32) {
-    const int64_t row = first + lane;
-    const bool is_drawable = row < size && (ring.memory.flags[row] & kDrawable);
+    const int64_t nth = first + lane, row = nth / stored * rows + nth % stored;
+    const bool is_drawable = nth < size && (ring.memory.flags[row] & kDrawable);
     unsigned ballot = __ballot_sync(kAllLanes, is_drawable);
     const unsigned count = static_cast<unsigned>(__popc(ballot));
     if (k >= count) {
@@ -50,7 +50,8 @@ __device__ inline int64_t draw_uniform(const DeviceRing& ring, uint64_t seed, ui
       continue;
     }
     for (; k > 0; --k) ballot &= ballot - 1;  // clears the lowest bit; k < count, so one remains
-    return first + first_lane(ballot);
+    const int64_t chosen = first + first_lane(ballot);
+    return chosen / stored * rows + chosen % stored;
   }
   return -1;
 }

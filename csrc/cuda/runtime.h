@@ -114,7 +114,9 @@ class StreamOrder {
     unsigned long long capture = 0;  // unique number of the capture
     check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
     if (status == cudaStreamCaptureStatusNone) {
-      if (capture_ != 0 || (is_used_ && stream != last_)) done_.block(stream);
+      // cudaStreamPerThread is another stream in each thread.
+      const bool is_last = stream == last_ && stream != cudaStreamPerThread;
+      if (capture_ != 0 || (is_used_ && !is_last)) done_.block(stream);
       return false;
     }
     if (capture == capture_ && stream != captured_) {

@@ -24,11 +24,15 @@ struct Tables {
         end(open + store.num_envs() * open_bytes) {}
 };
 
-// Copies the bytes as units of T. Called by a whole warp.
+// Copies the bytes as units of T. Called by a whole warp. The memory does not overlap, so that a
+// load need not wait for the stores before it.
 template <typename T>
 __device__ void copy_units(const uint8_t* from, uint8_t* to, uint32_t bytes, int lane) {
+  const T* __restrict__ const source = reinterpret_cast<const T*>(from);
+  T* __restrict__ const target = reinterpret_cast<T*>(to);
+#pragma unroll 4
   for (uint32_t i = static_cast<uint32_t>(lane); i < bytes / sizeof(T); i += 32) {
-    reinterpret_cast<T*>(to)[i] = reinterpret_cast<const T*>(from)[i];
+    target[i] = source[i];
   }
 }
 
@@ -38,13 +42,16 @@ __global__ void patch_kernel(const DevicePatch* patches, int64_t n) {
   if (i >= n) return;
   const DevicePatch patch = patches[i];
   const uint8_t* const from = reinterpret_cast<const uint8_t*>(patches) + patch.from;
-  if (is_aligned(patch.to, patch.bytes, 16)) {
-    copy_units<uint4>(from, patch.to, patch.bytes, lane);
-  } else if (is_aligned(patch.to, patch.bytes, 4)) {
-    copy_units<uint32_t>(from, patch.to, patch.bytes, lane);
-  } else {
-    copy_units<uint8_t>(from, patch.to, patch.bytes, lane);
+  // The source is aligned. The bytes after the last whole unit are copied one by one.
+  const uint32_t unit = is_aligned(patch.to, 0, 16) ? 16 : is_aligned(patch.to, 0, 4) ? 4 : 1;
+  const uint32_t body = patch.bytes / unit * unit;
+  if (unit == 16) {
+    copy_units<uint4>(from, patch.to, body, lane);
+  } else if (unit == 4) {
+    copy_units<uint32_t>(from, patch.to, body, lane);
   }
+  const uint32_t copied = unit == 1 ? 0 : body;
+  copy_units<uint8_t>(from + copied, patch.to + copied, patch.bytes - copied, lane);
 }
 
 }  // namespace

@@ -118,6 +118,9 @@ def _self_check(index: int, name: str, tiles: bool = False) -> str:
                 del _self_checks[key]
                 line = str(e).splitlines()[0] if str(e) else type(e).__name__
                 return f"fastreplay's self-check cannot run on {name}: {line}"
+            except BaseException:  # such as Ctrl-C: this GPU has not passed
+                del _self_checks[key]
+                raise
             if found:
                 _self_checks[key] = (
                     f"fastreplay's self-check failed on {name}: {found} differ from the CPU's; "

@@ -74,7 +74,8 @@ class FrameReplay:
     A replay on a GPU draws the same rows and builds the same batches as on the CPU, bit for bit, in
     tensors on that GPU. Every call runs on the current stream, after all earlier calls of the
     replay on any stream. `add`, `sample(out=...)` and `update_priorities` do not allocate or wait
-    for the GPU, except that `sample` waits until one call has found a drawable row.
+    for the GPU, with three exceptions: `sample` waits until one call has found a drawable row,
+    `add` of rows on the CPU if the GPU is eight adds behind, and indices on the CPU are copied.
 
     Tiles: frames are cut into tiles of 2x14 bytes, and tiles that occur again are stored once.
     Batches are those of plain frames, bit for bit. The memory grows with what the frames show (see
@@ -220,7 +221,7 @@ class FrameReplay:
         self.storage = "host"
         if not self._backend.is_cuda:
             # Not zeroed, so that the system allocates memory only for rows that are written.
-            frames = torch.empty(shape, dtype=self.frame_dtype)
+            frames = torch.empty(shape, dtype=self.frame_dtype, device="cpu")
             _cpu.use_huge_pages(frames.data_ptr(), frames.nbytes)
             return frames
         size = math.prod(shape) * self.frame_dtype.itemsize
@@ -379,15 +380,17 @@ class FrameReplay:
         """
         if self._tree is None:
             raise RuntimeError(UNIFORM)
-        errors, stored = torch.as_tensor(td_error), self._ring.stored
+        is_tensor, stored = isinstance(td_error, torch.Tensor), self._ring.stored
+        errors = td_error if is_tensor else torch.as_tensor(td_error, device="cpu")
         n = errors.shape[1] if errors.ndim == 2 else -1
         if errors.ndim != 2 or len(errors) != self.num_envs or n > stored:
             raise ValueError(
                 f"td_error must have shape ({self.num_envs}, n), with n at most {stored}, the rows "
                 f"that each game has stored, not {tuple(errors.shape)}"
             )
-        slots = (self._ring.head - n + torch.arange(n)) % self.rows
-        indices = (torch.arange(self.num_envs)[:, None] * self.rows + slots).flatten()
+        slots = (self._ring.head - n + torch.arange(n, device="cpu")) % self.rows
+        games = torch.arange(self.num_envs, device="cpu")
+        indices = (games[:, None] * self.rows + slots).flatten()
         errors = errors.flatten()
         self._ring.update(
             indices.to(errors.device), errors, self.per_alpha, self.per_epsilon, added=True
@@ -434,7 +437,7 @@ class FrameReplay:
         Other threads must not use the replay meanwhile.
         """
         stored, head = self._check_state(state)
-        flags = torch.zeros(self._flags.shape, dtype=torch.uint8)
+        flags = torch.zeros(self._flags.shape, dtype=torch.uint8, device="cpu")
         for game in range(self.num_envs):
             flags[game, :stored] = state["flags"][game]
         if (flags > ALL_FLAGS).any():
@@ -456,7 +459,7 @@ class FrameReplay:
                 mine[:stored] = theirs
         self._flags.copy_(flags)
         if self._tree is not None:
-            leaves = torch.zeros(self.rows, dtype=torch.int32)
+            leaves = torch.zeros(self.rows, dtype=torch.int32, device="cpu")
             for game in range(self.num_envs):
                 leaves[:stored] = state["leaves"][game]
                 self._tree._write_leaves(game * self.rows, leaves)

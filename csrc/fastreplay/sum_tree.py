@@ -39,8 +39,8 @@ class SumTree(Compiled):
     (shape, value) or IndexError (range), and change nothing.
 
     On a GPU, arguments may be on the CPU or on that GPU, and results are on the GPU. `set`, `get`,
-    `find`, `sample` and `weights` run on the current stream without waiting for it; with arguments
-    on the GPU they can be captured in a CUDA graph. Values on the GPU are checked there: a bad one
+    `find`, `sample` and `weights` run on the current stream. With arguments on the GPU they do not
+    wait for it, and can be captured in a CUDA graph. Values on the GPU are checked there: a bad one
     changes nothing, and its error is latched. The next `check()`, `total()`, `calls`,
     `check_valid()` or `state_dict()`, which wait for the stream, raises it.
 
@@ -123,8 +123,8 @@ class CpuSumTree(SumTree, _cpu.SumTree):
         check_alpha(alpha)
         backend = Backend(device)
         self.device = backend.torch_device
-        self._leaves = torch.zeros(leaf_slots, dtype=torch.int32)
-        self._inner = torch.zeros(inner_slots, dtype=torch.int64)
+        self._leaves = torch.zeros(leaf_slots, dtype=torch.int32, device="cpu")
+        self._inner = torch.zeros(inner_slots, dtype=torch.int64, device="cpu")
         memory = (self._leaves, self._inner)
         _cpu.SumTree.__init__(self, capacity, memory, backend.handle, alpha, seed % 2**64)
 

@@ -42,8 +42,11 @@ class DeviceState {
   // Returns whether it was captured.
   template <typename Work>
   bool run(Work work) {
+    return run_on(stream(), work);
+  }
+  template <typename Work>
+  bool run_on(cudaStream_t stream, Work work) {
     const DeviceGuard guard(number_);
-    const cudaStream_t stream = this->stream();
     const bool is_captured = order_->begin(stream);
     work(stream);
     order_->end(stream, is_captured);
@@ -137,6 +140,7 @@ class DeviceState {
   void make_resident(Indices& indices) const {
     if (!indices.on_cpu) return;
     refuse_capture();
+    const RelaxedCapture relaxed;  // the copy waits, which another thread's capture would not allow
     const py::object copy = empty_1d(indices.n, DType::kInt64);
     if (indices.n > 0) {
       std::memcpy(view(copy, "indices").data, indices.data, static_cast<size_t>(indices.n) * 8);
@@ -178,14 +182,15 @@ class DeviceState {
     }
   }
 
-  const Device device;
-  Counters* const counters;
-
- private:
+  // torch's current stream. Calls Python, so another thread may run meanwhile.
   cudaStream_t stream() const {
     return reinterpret_cast<cudaStream_t>(py::cast<uintptr_t>(device.current_stream(device.index)));
   }
 
+  const Device device;
+  Counters* const counters;
+
+ private:
   const int number_;
   std::unique_ptr<StreamOrder> order_;
 };
@@ -325,6 +330,7 @@ class CudaRing {
     }
     std::vector<uint8_t> fetched;
     if (tiled && device.holds(views.frames)) fetch_frames(row, fetched);
+    const cudaStream_t current = state_->stream();  // before anything is changed
     if (staged || tiled) {
       if (staged) state_->refuse_capture();
       make_room();
@@ -339,7 +345,7 @@ class CudaRing {
       store_->add(row.frames, row.frame_stride);
       mirror_->add(new_tiles_, patches_);
     }
-    const bool is_captured = state_->run([&](cudaStream_t stream) {
+    const bool is_captured = state_->run_on(current, [&](cudaStream_t stream) {
       if (staged || tiled) stage(views, row, stream);
       launch_add(ring_, tree_, row, stream);
       if (staged || tiled) staging_->close(stream);

@@ -242,15 +242,15 @@ void check_1d(const TensorView& v, const char* name, DType dtype, int64_t n) {
 py::object empty_1d(int64_t n, DType dtype, py::handle device) {
   static PyObject* const torch = py::module_::import("torch").release().ptr();
   static PyObject* const empty = PyObject_GetAttrString(torch, "empty");
-  static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
-  static PyObject* const more_keywords = py::make_tuple("dtype", "device").release().ptr();
+  static PyObject* const keywords = py::make_tuple("dtype", "device").release().ptr();
+  // Given always: without it the tensor would be on torch.set_default_device().
+  static PyObject* const cpu = py::str("cpu").release().ptr();
   static PyObject* dtypes[static_cast<int>(DType::kOther)] = {};
   PyObject*& torch_dtype = dtypes[static_cast<int>(dtype)];
   if (torch_dtype == nullptr) torch_dtype = PyObject_GetAttrString(torch, name_of(dtype));
   const py::int_ length(n);
-  PyObject* const arguments[] = {length.ptr(), torch_dtype, device.ptr()};
-  PyObject* const names = device ? more_keywords : keywords;
-  PyObject* tensor = PyObject_Vectorcall(empty, arguments, 1, names);
+  PyObject* const arguments[] = {length.ptr(), torch_dtype, device ? device.ptr() : cpu};
+  PyObject* tensor = PyObject_Vectorcall(empty, arguments, 1, keywords);
   if (tensor == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(tensor);
 }

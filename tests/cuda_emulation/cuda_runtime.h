@@ -111,6 +111,7 @@ T atomicExch(T* to, T x) {
 // ----------------------------------------------------------------- on the host: the runtime
 
 using cudaStream_t = emulation::Stream*;
+inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
 using cudaEvent_t = std::shared_ptr<bool>*;  // whether the stream has reached the last record
 enum cudaError_t {
   cudaSuccess,
