@@ -66,10 +66,13 @@ class Args:  # the algorithm's; RunArgs, below the line, adds --device, --resume
         rules = [(name, "between 0 and 1", 0 <= getattr(self, name) <= 1) for name in names]
         names = ("num_actors", "epsilon_alpha")
         rules += [(name, "0 or more", getattr(self, name) >= 0) for name in names]
+        most = np.inf if self.ray_address else 1  # on this machine Ray has one CPU for each actor
+        rules.append(("actor_cpus", f"from 0 to {most}", 0 <= self.actor_cpus <= most))
         names = ("steps_per_block", "broadcast_frequency")
         rules += [(name, "positive", getattr(self, name) > 0) for name in names]
         least = 2 * self.num_envs * (3 + self.steps_per_block + self.n_step)
-        return [*rules, ("buffer_size", f"at least {least}, two blocks", self.buffer_size >= least)]
+        holds = self.evaluate or self.buffer_size >= least
+        return [*rules, ("buffer_size", f"at least {least}, two blocks", holds)]
 
 
 class Batch(NamedTuple):  # k <= n_step: an episode may end before n steps
@@ -227,8 +230,10 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(q_network, args)
     replay = make_replay(args, run.device, prioritized=True, n_step=args.n_step)
     learner = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    actors = Actors(args, q_network) if not args.evaluate else None
+    actors = Actors(args) if not args.evaluate else None
     run.start(learner, replay, actors)  # what a checkpoint holds; --resume loads it here
+    if actors:
+        actors.begin(q_network)
     loss_fn = torch.compile(td_loss) if args.compile else td_loss
 
     @accelerated(args)  # one CUDA graph, with --cuda-graphs
@@ -563,18 +568,23 @@ def start_ray(args: RunArgs) -> None:
         reason = str(e).strip().split("\n")[0]
         sys.exit(f"error: no Ray cluster at --ray-address {args.ray_address} ({reason}).")
     signal.signal(signal.SIGTERM, handler)  # Ray's own would not save a checkpoint
+    need, found = args.num_actors * args.actor_cpus, ray.cluster_resources().get("CPU", 0)
+    if need > found:
+        print(f"warning: the actors need {need:g} CPUs and Ray has {found:g}; some wait for more.")
 
 
 class Actors:
     """The actors, as Ray runs them: on this machine, or on a cluster. A dead one is replaced."""
 
-    def __init__(self, args, q_network: nn.Module):
+    def __init__(self, args):
         start_ray(args)
         remote = ray.remote(num_cpus=args.actor_cpus, max_restarts=-1, max_task_retries=-1)(Actor)
         self.actors = [remote.remote(args, index) for index in range(args.num_actors)]
         self.requests, self.received, self.waited = {}, set(), 0.0
+
+    def begin(self, q_network: nn.Module) -> None:
         self.broadcast(q_network)
-        for index in [*range(args.num_actors)] * 2:  # two requests in flight for each
+        for index in [*range(len(self.actors))] * 2:  # two requests in flight for each
             self.request(index)
 
     def broadcast(self, q_network: nn.Module) -> None:
@@ -1073,6 +1083,7 @@ class Run:
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
         self.episodes = self.saved.get("episodes", 0)
+        self.interrupted = self.saved.get("interrupted", False)  # an evaluation, by Ctrl-C
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
         for name in ("SIGINT",) if NOTEBOOK else ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
@@ -1127,7 +1138,7 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         state |= {"global_step": self.step, "recent_returns": list(self.returns)}
         state["seconds"] = self.seconds_before + time.time() - self.started
-        state["episodes"] = self.episodes
+        state |= {"episodes": self.episodes, "interrupted": self.interrupted}
         args = asdict(self.args) | {"resume": None, "evaluate": None}
         if "replay" not in state:
             args["buffer"] = args["replay_storage"] = "auto"  # any will do for the resumed run
@@ -1153,7 +1164,7 @@ class Run:
         )
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         try:
-            log = SummaryWriter(str(self.folder), purge_step=self.step or None)
+            log = SummaryWriter(str(self.folder), purge_step=self.step + 1 if self.step else None)
             log.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
             self.writer = log.file_writer
         except OSError as e:
@@ -1174,16 +1185,18 @@ class Run:
         if args.evaluate:
             return self.evaluate()
         try:
+            if self.interrupted and self.step < args.total_timesteps:
+                self.evaluate()
             while self.step < args.total_timesteps and not self.stop and not self.is_solved():
                 yield self.step
                 save, evaluate = map(self.due, (args.checkpoint_frequency, args.eval_frequency))
                 self.step += args.num_envs
                 self.bar.update(args.num_envs)
                 if self.step < args.total_timesteps:
+                    if evaluate:  # before the checkpoint: a resumed run does not evaluate again
+                        self.evaluate()
                     if save:
                         self.save()
-                    if evaluate:
-                        self.evaluate()
             self.finish()
         except GeneratorExit:  # the loop was left by an error
             path = self.folder / "checkpoint.pt"
@@ -1218,7 +1231,8 @@ class Run:
         if self.step >= self.args.total_timesteps or self.is_solved():
             self.evaluate()
         elif saved:
-            command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
+            path = (self.folder / "checkpoint.pt").as_posix()  # cmd.exe knows no quoted \\
+            command = [Path(sys.argv[0]).as_posix(), "--resume", path]
             print("go on with:", "%run" if NOTEBOOK else "python", shlex.join(command))
         if not saved:
             sys.exit(1)
@@ -1237,7 +1251,7 @@ class Run:
             return
         if args.buffer == "cuda":
             self.replay.check()  # raises the errors that its kernels reported
-        seconds = time.time() - self.started
+        seconds = max(time.time() - self.started, 1e-9)
         figures |= {"charts/epsilon": epsilon, "losses/td_loss": loss, "losses/q_values": q_values}
         if self.returns:
             figures["charts/mean_return_100"] = np.mean(self.returns)
@@ -1245,7 +1259,8 @@ class Run:
         if not np.isfinite(figures.get("losses/td_loss", 0.0)):
             rate = args.learning_rate
             sys.exit(f"error: the loss is not finite; try a --learning-rate below {rate}.")
-        self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
+        shown = {k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()}
+        self.bar.set_postfix(shown, refresh=False)
         figures["charts/SPS"] = (step - self.first_step) / seconds
         figures["charts/hours"] = (self.seconds_before + seconds) / 3600
         self.write(figures, step)
@@ -1271,7 +1286,7 @@ class Run:
         q_network.eval()
         returns, estimates, actions = evaluate(q_network, args, self.device, seed, self.stop)
         q_network.train()
-        n = len(returns)
+        n, self.interrupted = len(returns), bool(self.stop)
         if self.stop:
             return tqdm.write(f"evaluation stopped after {n} episodes")
         predicted, obtained = estimates.mean(axis=0)
@@ -1340,7 +1355,7 @@ def load_checkpoint(path: str, verify: bool = True) -> dict:
     try:
         if verify and zipfile.ZipFile(path).testzip():  # torch does not, with mmap
             raise ValueError("a checksum differs")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         if state["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {state['script']}.py")
         counters = {"global_step": 0, "episodes": 0, "seconds": 0.0, "recent_returns": []}
@@ -1393,15 +1408,17 @@ def parse_args() -> RunArgs:
     saved = checkpoint["args"]
     if args.evaluate:  # keep the agent's arguments, not those of the logs and the hardware
         algorithm = {field.name for field in fields(Args)}
-        saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith("eval_")}
+        kept = ("eval_", "fire_")  # fire_reset
+        saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith(kept)}
     args = tyro.cli(RunArgs, args=words, default=RunArgs(**saved))
     if args.evaluate:  # nothing is stored or learned
         args.buffer_size = args.learning_starts = 1_100 * args.num_envs
         args.batch_size, args.eval_episodes = 1, args.eval_episodes or RunArgs.eval_episodes
         return args
-    fixed = ("env_id", "num_envs") + (FIXED_WITH_REPLAY if "replay" in checkpoint else ())
+    fixed = ("env_id", "num_envs", "optimizer", "fire_reset")
+    fixed += FIXED_WITH_REPLAY if "replay" in checkpoint else ()
     for name in fixed:
-        if getattr(args, name) != saved[name]:
+        if name in saved and getattr(args, name) != saved[name]:
             flag = "--" + name.replace("_", "-")
             sys.exit(f"error: {flag} cannot change in a resumed run; leave it at {saved[name]}.")
     return args
@@ -1464,9 +1481,10 @@ def check_replay_args(args: RunArgs, must) -> None:
     rule = "numpy, or built with `pip install .` where there is a C++ compiler"
     must("buffer", rule, args.buffer in built)
     must("n_step", "at most 1000", args.n_step <= 1_000)
+    must("eval_max_frames", "below 2**31 - 1", args.eval_max_frames < 2**31 - 1)
     least = (12 + args.n_step) * args.num_envs  # a stack, a window, and 8 rows more in each game
     must("buffer_size", f"at least {least} for --num-envs games", args.buffer_size >= least)
-    least = (1 + args.n_step) * args.num_envs
+    least = (4 + args.n_step) * args.num_envs  # a resumed replay begins in the middle of a game
     must("learning_starts", f"at least {least}, one transition", args.learning_starts >= least)
     stored = args.buffer_size // args.num_envs * args.num_envs
     for name in ("learning_starts", "batch_size"):
@@ -1514,7 +1532,8 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed from the start
-        self.stream.reconfigure(errors="replace")  # what it cannot encode
+        with contextlib.suppress(AttributeError):  # IDLE's
+            self.stream.reconfigure(errors="replace")  # what it cannot encode
 
     def __getattr__(self, name: str):
         def attempt(*args):

@@ -517,6 +517,7 @@ class Run:
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
         self.episodes = self.saved.get("episodes", 0)
+        self.interrupted = self.saved.get("interrupted", False)  # an evaluation, by Ctrl-C
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
         for name in ("SIGINT",) if NOTEBOOK else ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
@@ -557,6 +558,8 @@ class Run:
             self.envs.load_state_dict(saved["envs"])
             for group in self.learner["optimizer"].param_groups:
                 group["lr"] = self.args.learning_rate  # it may have been given again
+                if self.args.optimizer == "adamw":
+                    group["eps"] = self.args.adam_eps
             self.rng.bit_generator.state = saved["rng"]
             torch.set_rng_state(saved["torch_rng"])
             if self.device.type == "cuda" and "cuda_rng" in saved:
@@ -575,7 +578,7 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state()
         state |= {"global_step": self.step, "recent_returns": list(self.returns)}
         state["seconds"] = self.seconds_before + time.time() - self.started
-        state["episodes"] = self.episodes
+        state |= {"episodes": self.episodes, "interrupted": self.interrupted}
         args = asdict(self.args) | {"resume": None, "evaluate": None}
         state |= {"script": Path(__file__).stem, "args": args}
         return save_checkpoint(self.folder / "checkpoint.pt", state)
@@ -599,7 +602,7 @@ class Run:
         )
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         try:
-            log = SummaryWriter(str(self.folder), purge_step=self.step or None)
+            log = SummaryWriter(str(self.folder), purge_step=self.step + 1 if self.step else None)
             log.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
             self.writer = log.file_writer
         except OSError as e:
@@ -614,16 +617,18 @@ class Run:
         if args.evaluate:
             return self.evaluate()
         try:
+            if self.interrupted and self.step < args.total_timesteps:
+                self.evaluate()
             while self.step < args.total_timesteps and not self.stop and not self.is_solved():
                 yield self.step
                 save, evaluate = map(self.due, (args.checkpoint_frequency, args.eval_frequency))
                 self.step += args.num_envs
                 self.bar.update(args.num_envs)
                 if self.step < args.total_timesteps:
+                    if evaluate:  # before the checkpoint: a resumed run does not evaluate again
+                        self.evaluate()
                     if save:
                         self.save()
-                    if evaluate:
-                        self.evaluate()
             self.finish()
         except GeneratorExit:  # the loop was left by an error
             path = self.folder / "checkpoint.pt"
@@ -666,7 +671,8 @@ class Run:
         if self.step >= self.args.total_timesteps or self.is_solved():
             self.evaluate()
         elif saved:
-            command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.pt")]
+            path = (self.folder / "checkpoint.pt").as_posix()  # cmd.exe knows no quoted \\
+            command = [Path(sys.argv[0]).as_posix(), "--resume", path]
             print("go on with:", "%run" if NOTEBOOK else "python", shlex.join(command))
         if not saved:
             sys.exit(1)
@@ -681,7 +687,7 @@ class Run:
             self.write(episode, step)
         if not self.due(args.log_frequency):
             return
-        seconds = time.time() - self.started
+        seconds = max(time.time() - self.started, 1e-9)
         figures |= {"charts/epsilon": epsilon, "losses/td_loss": loss, "losses/q_values": q_values}
         if self.returns:
             figures["charts/mean_return_100"] = np.mean(self.returns)
@@ -689,7 +695,8 @@ class Run:
         if not np.isfinite(figures.get("losses/td_loss", 0.0)):
             rate = args.learning_rate
             sys.exit(f"error: the loss is not finite; try a --learning-rate below {rate}.")
-        self.bar.set_postfix({k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()})
+        shown = {k.split("/")[1]: f"{x:.3g}" for k, x in figures.items()}
+        self.bar.set_postfix(shown, refresh=False)
         figures["charts/SPS"] = (step - self.first_step) / seconds
         figures["charts/hours"] = (self.seconds_before + seconds) / 3600
         self.write(figures, step)
@@ -715,7 +722,7 @@ class Run:
         q_network.eval()
         returns, estimates, actions = evaluate(q_network, args, self.device, seed, self.stop)
         q_network.train()
-        n = len(returns)
+        n, self.interrupted = len(returns), bool(self.stop)
         if self.stop:
             return tqdm.write(f"evaluation stopped after {n} episodes")
         predicted, obtained = estimates.mean(axis=0)
@@ -784,7 +791,7 @@ def load_checkpoint(path: str, verify: bool = True) -> dict:
     try:
         if verify and zipfile.ZipFile(path).testzip():  # torch does not, with mmap
             raise ValueError("a checksum differs")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         if state["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {state['script']}.py")
         counters = {"global_step": 0, "episodes": 0, "seconds": 0.0, "recent_returns": []}
@@ -837,15 +844,17 @@ def parse_args() -> RunArgs:
     saved = checkpoint["args"]
     if args.evaluate:  # keep the agent's arguments, not those of the logs and the hardware
         algorithm = {field.name for field in fields(Args)}
-        saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith("eval_")}
+        kept = ("eval_", "fire_")  # fire_reset
+        saved = {k: v for k, v in saved.items() if k in algorithm or k.startswith(kept)}
     args = tyro.cli(RunArgs, args=words, default=RunArgs(**saved))
     if args.evaluate:  # nothing is stored or learned
         args.buffer_size = args.learning_starts = 1_100 * args.num_envs
         args.batch_size, args.eval_episodes = 1, args.eval_episodes or RunArgs.eval_episodes
         return args
-    fixed = ("env_id", "num_envs") + (FIXED_WITH_REPLAY if "replay" in checkpoint else ())
+    fixed = ("env_id", "num_envs", "optimizer", "fire_reset")
+    fixed += FIXED_WITH_REPLAY if "replay" in checkpoint else ()
     for name in fixed:
-        if getattr(args, name) != saved[name]:
+        if name in saved and getattr(args, name) != saved[name]:
             flag = "--" + name.replace("_", "-")
             sys.exit(f"error: {flag} cannot change in a resumed run; leave it at {saved[name]}.")
     return args
@@ -917,7 +926,8 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed from the start
-        self.stream.reconfigure(errors="replace")  # what it cannot encode
+        with contextlib.suppress(AttributeError):  # IDLE's
+            self.stream.reconfigure(errors="replace")  # what it cannot encode
 
     def __getattr__(self, name: str):
         def attempt(*args):

@@ -156,6 +156,7 @@ class RunArgs(Args):
     evaluate: str | None = None  # checkpoint to evaluate and print; nothing is trained
 
 
+NOTEBOOK = "ipykernel" in sys.modules  # %run in a cell: streams and SIGTERM are the kernel's
 # Settings of environments whose id starts so; those in Args are for FrozenLake.
 ENV_DEFAULTS = {
     "CliffWalking-v": {
@@ -376,17 +377,18 @@ class Run:
         self.first_step = self.step = self.saved.get("global_step", 0)
         self.returns = deque(self.saved.get("recent_returns", ()), maxlen=100)
         self.episodes = self.saved.get("episodes", 0)
+        self.interrupted = self.saved.get("interrupted", False)  # an evaluation, by Ctrl-C
         self.squares, self.q_sum, self.n = 0.0, 0.0, 0  # since the last log entry
         self.stop = []  # not empty after Ctrl-C: stop after this step; a second Ctrl-C exits
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        for name in ("SIGINT",) if NOTEBOOK else ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
             if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, *_) -> None:
-        if self.stop:
+        if self.stop and time.time() - self.stop[0] > 1:  # a closed terminal sends several
             sys.exit(130)
-        self.stop.append(True)
+        self.stop.append(time.time())
 
     def start(self, q_table: np.ndarray, counts: np.ndarray, env: Environment) -> None:
         """Load the checkpoint, if there is one, and open the log."""
@@ -419,7 +421,7 @@ class Run:
         state = {"env": self.env.state_dict(), "rng": self.rng.bit_generator.state}
         state |= {"global_step": self.step, "recent_returns": list(self.returns)}
         state["seconds"] = self.seconds_before + time.time() - self.started
-        state["episodes"] = self.episodes
+        state |= {"episodes": self.episodes, "interrupted": self.interrupted}
         args = asdict(self.args) | {"resume": None, "evaluate": None}
         state |= {"script": Path(__file__).stem, "args": args}
         path = self.folder / "checkpoint.npz"
@@ -440,7 +442,7 @@ class Run:
             sys.exit(f"error: cannot write to {self.folder} ({e.strerror}).")
         self.add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if self.step:  # hide what an interrupted run logged after its checkpoint
-            self.add(Event(step=self.step, session_log=SessionLog(status=SessionLog.START)))
+            self.add(Event(step=self.step + 1, session_log=SessionLog(status=SessionLog.START)))
         self.add(Event(wall_time=time.time(), summary=text), flush=True)
         print(f"{args.exp_name}: {args.env_id}, all in {self.folder}")
         settings = {field.name: getattr(args, field.name) for field in fields(Args)[1:]}
@@ -454,15 +456,17 @@ class Run:
         if args.evaluate:
             return self.evaluate(show=True)
         try:
+            if self.interrupted and self.step < args.total_timesteps:
+                self.evaluate()
             while self.step < args.total_timesteps and not self.stop:
                 yield self.step
                 self.step += 1
                 self.bar.update()
                 if self.step < args.total_timesteps:
+                    if self.due(args.eval_frequency):  # before the checkpoint: it is not redone
+                        self.evaluate()
                     if self.due(args.checkpoint_frequency):
                         self.save()
-                    if self.due(args.eval_frequency):
-                        self.evaluate()
             self.finish()
         except GeneratorExit:  # the loop was left by an error
             path = self.folder / "checkpoint.npz"
@@ -487,8 +491,9 @@ class Run:
         if self.step >= self.args.total_timesteps:
             self.evaluate(show=True)
         elif saved:
-            command = [sys.argv[0], "--resume", str(self.folder / "checkpoint.npz")]
-            print("go on with: python", shlex.join(command))
+            path = (self.folder / "checkpoint.npz").as_posix()  # cmd.exe knows no quoted \\
+            command = [Path(sys.argv[0]).as_posix(), "--resume", path]
+            print("go on with:", "%run" if NOTEBOOK else "python", shlex.join(command))
         if not saved:
             sys.exit(1)
 
@@ -505,7 +510,7 @@ class Run:
         self.n += 1
         if step % self.args.log_frequency:
             return
-        seconds = time.time() - self.started
+        seconds = max(time.time() - self.started, 1e-9)
         figures = {"charts/epsilon": epsilon, "losses/td_loss": self.squares / self.n}
         figures["losses/q_values"] = self.q_sum / self.n
         if self.returns:
@@ -537,6 +542,7 @@ class Run:
         """Play episodes of new seeds, which follow from --seed and the step; print the policy."""
         args, q_values = self.args, action_values(self.q_table, slice(None))  # (S, A)
         returns, path = evaluate(q_values, args, (args.seed, self.step + 1), self.stop)
+        self.interrupted = bool(self.stop)
         if self.stop:
             return tqdm.write(f"evaluation stopped after {len(returns)} episodes")
         if len(returns):
@@ -641,7 +647,8 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed from the start
-        self.stream.reconfigure(errors="replace")  # what it cannot encode
+        with contextlib.suppress(AttributeError):  # IDLE's
+            self.stream.reconfigure(errors="replace")  # what it cannot encode
 
     def __getattr__(self, name: str):
         def attempt(*args):
@@ -654,5 +661,6 @@ class Output:
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if not NOTEBOOK:
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     main(parse_args())

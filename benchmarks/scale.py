@@ -58,7 +58,8 @@ def measure_actors(apex, args, count):
     """
     apex_args = apex.RunArgs(env_id=args.env_id, num_actors=count)
     network = apex.QNetwork(apex.make_envs(args.env_id, 1, 1).n_actions)
-    actors = apex.Actors(apex_args, network)
+    actors = apex.Actors(apex_args)
+    actors.begin(network)
     try:
         for _ in range(4 * count):  # the first blocks are longer, and the games start
             actors.recv()

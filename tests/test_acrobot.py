@@ -80,6 +80,8 @@ def test_training_takes_tip_height_and_evaluation_the_environments_return(
     (evaluated,) = tags["eval/episodic_return"]
     assert -500 <= evaluated.value < -50, "its own reward and its own limit"
     assert evaluated.value == round(evaluated.value)
+    # Q's reward: it hangs, at -3 a step. -1 a step would give -1 / (1 - gamma) = -100 at least.
+    assert tags["eval/true_value"][0].value < -105
 
 
 @pytest.mark.parametrize("name", ACROBOT)

@@ -11,7 +11,7 @@ import pytest
 import squares
 import torch
 from conftest import ALGOS, load
-from test_run import flags, refused, scalars
+from test_run import flags, main_in_process, refused, same, scalars
 
 NAME = "apex_dqn_atari"
 OPTIONS = {
@@ -195,7 +195,8 @@ def test_killed_actors_are_replaced_and_no_block_is_lost(with_ray, kills):
     args = script.RunArgs(**(OPTIONS | {"num_actors": 2, "buffer_size": 100_000}), buffer="numpy")
     rng, network = np.random.default_rng(7), script.QNetwork(6)
     replay = script.make_replay(args, torch.device("cpu"), prioritized=True, n_step=args.n_step)
-    actors = script.Actors(args, network)
+    actors = script.Actors(args)
+    actors.begin(network)
     seen, starts, killed = [], 0, set()
     deadline = time.monotonic() + 600 + 30 * kills
     # Until two processes are left that nobody killed, and have sent something since.
@@ -232,7 +233,8 @@ def test_actors_on_a_cluster_of_two_nodes(with_ray):
         other = cluster.add_node(num_cpus=1)
         changes = {"num_actors": 2, "actor_cpus": 1.0, "ray_address": cluster.address}
         args = script.RunArgs(**(OPTIONS | changes))
-        actors = script.Actors(args, script.QNetwork(6))
+        actors = script.Actors(args)
+        actors.begin(script.QNetwork(6))
         before, deadline = set(), time.monotonic() + 600
         while len(before) < 2:  # one on each node
             assert time.monotonic() < deadline, "an actor did not start"
@@ -266,7 +268,26 @@ def test_actors_and_learner_solve_a_simple_game_together(with_ray, in_tmp, monke
     assert np.mean(returns[:20]) < 7 and np.mean(returns[-100:]) > 7.5
 
 
-def test_a_run_logs_and_resumes(tmp_path):
+def check_first_weights(path, monkeypatch):
+    """The actors of a resumed run begin with the checkpoint's network."""
+    script, begun = load(NAME), []
+
+    class StandIn(script.Actors):
+        def __init__(self, args):
+            pass
+
+        def begin(self, q_network):
+            begun.append(q_network.state_dict())
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "Actors", StandIn)
+        with pytest.raises(KeyboardInterrupt):
+            main_in_process(script, {"resume": path, "total_timesteps": 600}, monkeypatch)
+    assert same(begun[0], torch.load(path)["q_network"])
+
+
+def test_a_run_logs_and_resumes(tmp_path, monkeypatch):
     command = [sys.executable, str(ALGOS / f"{NAME}.py")]
     first = subprocess.run(
         [*command, *flags(OPTIONS), "--checkpoint-replay"],
@@ -283,6 +304,7 @@ def test_a_run_logs_and_resumes(tmp_path):
     rows = {"stored", "size"}.intersection(state["replay"]).pop()  # of fastreplay, or in NumPy
     # 20 blocks of 10 steps of 2 games, each with 3 rows before them and 3 after them
     assert state["global_step"] == 400 and state["replay"][rows] == 20 * 16
+    check_first_weights(path, monkeypatch)
     more = ["--resume", str(path), "--total-timesteps", "600"]
     second = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
@@ -298,6 +320,7 @@ def test_a_run_logs_and_resumes(tmp_path):
         ({"buffer_size": 60}, ["--buffer-size", "two blocks"]),
         ({"num_actors": -1}, ["--num-actors", "0 or more"]),
         ({"epsilon": 1.5}, ["--epsilon", "between 0 and 1"]),
+        ({"actor_cpus": 4.0}, ["--actor-cpus", "from 0 to 1"]),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(in_tmp, monkeypatch, changes, words):

@@ -457,6 +457,22 @@ def test_a_run_of_pqn_learns_from_what_the_games_did(in_tmp, monkeypatch):
     assert resets > 0
 
 
+def test_a_minibatch_of_pqn_is_never_empty(in_tmp, monkeypatch):
+    """Four steps of one game, of which one may be its reset, in four minibatches."""
+    script, sizes = load("pqn_atari"), []
+    td_loss = script.td_loss
+
+    def counted(q_network, batch, args):
+        sizes.append(len(batch.actions))
+        return td_loss(q_network, batch, args)
+
+    monkeypatch.setattr(script, "td_loss", counted)
+    options = small("pqn_atari") | {"total_timesteps": 1200, "end_e": 1.0, "eval_episodes": 0}
+    options |= {"num_envs": 1, "num_steps": 4, "num_minibatches": 4, "update_epochs": 1}
+    main_in_process(script, options, monkeypatch)
+    assert 1195 <= len(sizes) < 1200 and set(sizes) == {1}
+
+
 def prioritized(rows, num_envs=1, n_step=1, alpha=0.5, beta=0.4):
     script = load("per_ddqn_atari")
     replay = script.FrameReplay(rows * num_envs, (4,), num_envs, n_step=n_step)

@@ -416,6 +416,7 @@ def test_what_a_resumed_run_cannot_change(in_tmp, monkeypatch):
     path = checkpoint_of(in_tmp)
     before = path.read_bytes()
     fixed = ({"num_envs": 2}, {"env_id": "Acrobot-v1"}, {"buffer_size": 5000}, {"gamma": 0.5})
+    fixed += ({"optimizer": "adamw"},)
     for change in fixed:
         line = refused("dqn_cartpole", {"resume": path} | change, monkeypatch)
         assert "cannot change in a resumed run; leave it at" in line
@@ -424,6 +425,58 @@ def test_what_a_resumed_run_cannot_change(in_tmp, monkeypatch):
     line = refused("dqn_cartpole", {"evaluate": path, "resume": path}, monkeypatch)
     assert "--resume or --evaluate" in line
     assert path.read_bytes() == before
+
+
+def evaluated_steps(folder):
+    (path,) = folder.glob("runs/*")
+    return [event.step for event in scalars(path)["eval/episodic_return"]]
+
+
+def test_every_evaluation_is_in_the_log_once(in_tmp, monkeypatch):
+    """Of a run that is killed just after a checkpoint, and of one that is made longer."""
+    script = load("dqn_cartpole")
+    options = small("dqn_cartpole") | {"total_timesteps": 2000, "eval_frequency": 500}
+    save = script.Run.save
+
+    def dies(run):
+        save(run)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "save", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            main_in_process(script, options | {"checkpoint_frequency": 1000}, monkeypatch)
+    assert evaluated_steps(in_tmp) == [500, 1000]
+    main_in_process(script, {"resume": checkpoint_of(in_tmp)}, monkeypatch)
+    changes = {"resume": checkpoint_of(in_tmp), "total_timesteps": 3000}
+    main_in_process(script, changes, monkeypatch)
+    assert evaluated_steps(in_tmp) == [500, 1000, 1500, 2000, 2500, 3000]
+
+
+def test_an_evaluation_that_was_interrupted_is_made_again(in_tmp, monkeypatch, capsys):
+    script = load("dqn_cartpole")
+    options = small("dqn_cartpole") | {"total_timesteps": 1500, "eval_frequency": 500}
+    evaluate = script.evaluate
+
+    def interrupted(*args):
+        args[-1].append(time.time())  # Ctrl-C
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", interrupted)
+        main_in_process(script, options, monkeypatch)
+    assert "evaluation stopped after 0 episodes" in capsys.readouterr().out
+    main_in_process(script, {"resume": checkpoint_of(in_tmp)}, monkeypatch)
+    assert evaluated_steps(in_tmp) == [500, 1000, 1500]
+
+
+def test_an_evaluation_starts_games_as_the_training_did(in_tmp, monkeypatch):
+    script = load("dqn_atari")
+    options = small("dqn_atari") | {"total_timesteps": 8, "eval_episodes": 0, "fire_reset": False}
+    main_in_process(script, options, monkeypatch)
+    command = [script.__file__, "--evaluate", str(checkpoint_of(in_tmp))]
+    monkeypatch.setattr(sys, "argv", command)
+    assert script.parse_args().fire_reset is False
 
 
 @pytest.mark.parametrize("name", ["ddqn_cartpole", "ddqn_atari"])
@@ -640,7 +693,8 @@ ATARI_LIMITS = [
     ({"n_step": 0}, "--n-step must be positive"),
     ({"buffer_size": 140_000_000}, "--buffer-size must be at most"),
     ({"buffer_size": 103}, "--buffer-size must be at least 104"),
-    ({"learning_starts": 15}, "--learning-starts must be at least 16"),
+    ({"learning_starts": 39}, "--learning-starts must be at least 40"),
+    ({"eval_max_frames": 3_000_000_000}, "--eval-max-frames must be below 2**31 - 1"),
     ({"env_id": "Breakout-v4"}, "--env-id Breakout-v4 skips a random number of frames"),
 ]
 
@@ -663,7 +717,7 @@ def test_the_limit_of_rows_applies_even_with_enough_memory(in_tmp, monkeypatch):
 def test_the_smallest_accepted_settings_run(in_tmp, monkeypatch):
     """Batches can be drawn with the smallest replay and the earliest start."""
     script = load("dqn_atari")
-    options = {"buffer_size": 104, "learning_starts": 16, "total_timesteps": 1200}
+    options = {"buffer_size": 104, "learning_starts": 40, "total_timesteps": 1200}
     options |= {"eval_episodes": 0, "train_frequency": 40, "torch_threads": 1}
     main_in_process(script, options | {"env_id": "PongNoFrameskip-v4"}, monkeypatch)
     script = load("dqn_cartpole")
