@@ -210,8 +210,10 @@ def measure_tree(peer, args):
     for n in TREE_SIZES:
         calls = 200 if n < 4096 else 50
         changes = itertools.cycle(
-            tree.prepare(rng.integers(0, TREE_SIZE, n), rng.random(n).astype(np.float32))
-            for _ in range(calls)
+            [
+                tree.prepare(rng.integers(0, TREE_SIZE, n), rng.random(n).astype(np.float32))
+                for _ in range(calls)
+            ]
         )
         result[f"sample {n}"] = time_short_calls(lambda n=n: tree.sample(n), args, calls)
         if tree.find:

@@ -33,6 +33,7 @@ from train import (
     Run,
     add_study_arguments,
     bootstrap_interval,
+    check_study_arguments,
     figure_name,
     grouped,
     interquartile_mean,
@@ -185,15 +186,13 @@ def parse_args():
     parser.add_argument("--bias-runs", type=int, default=1_000, help="runs of Example 6.7")
     add_study_arguments(parser)
     args = parser.parse_args()
-    for name in ("env_ids", "algorithms", "seeds"):
-        if len({*getattr(args, name)}) < len(getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} must differ")
+    check_study_arguments(parser, args, "env_ids", "algorithms", "seeds")
     for env_id in args.env_ids:
         for algorithm in args.algorithms:
             if script_of(algorithm, env_id) is None:
                 parser.error(f"--algorithms {algorithm}: algos/ has no file of it for {env_id}")
-    if args.jobs < 1 or args.bias_runs < 1:
-        parser.error("--jobs and --bias-runs must be 1 or more")
+    if args.bias_runs < 1:
+        parser.error("--bias-runs must be 1 or more")
     return args
 
 

@@ -342,8 +342,11 @@ def curve_of(label, groups, x, **options):
 
 
 def score_at(log, step):
-    """The last return at or before `step`."""
-    return log.returns[max(np.searchsorted(log.steps, step, side="right") - 1, 0)]
+    """The last return at or before `step`. Exits if there is none."""
+    index = np.searchsorted(log.steps, step, side="right") - 1
+    if index < 0:
+        sys.exit(f"error: a run has no return up to step {step:,.0f}; give a later one to --at.")
+    return log.returns[index]
 
 
 def scores_of(groups, env_ids, at):
@@ -412,6 +415,8 @@ def curves_figure(groups, x, title, ylabel, goal, looks):
         if algorithm in groups:
             options = {"peer": look.peer, "style": look.style}
             curve = curve_of(look.name, groups[algorithm], x, **options)
+            if not len(curve.middle):
+                sys.exit(f"error: {look.name}: some of its runs end before others begin.")
             curves.append(curve if curve.tail else curve._replace(text=number(curve.middle[-1])))
     note = seeds_note([group for by_env in groups.values() for group in by_env], curves)
     env_ids = {group[0].env_id for by_env in groups.values() for group in by_env}

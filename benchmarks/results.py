@@ -26,8 +26,9 @@ import sys
 from machine import ROOT
 from overestimation import value_table
 from speedrun import median_seconds, words
+from tabular import TOLERANCE
 from throughput import algorithm_of, rooflines_of
-from train import bootstrap_interval, grouped, interquartile_mean, table_row
+from train import grouped, interquartile_mean, table_row, with_interval
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(
@@ -73,14 +74,14 @@ def learning_table(records, page):
     for word in records:
         name, _, only = word.partition("/")
         record = read_record(name)
+        if record.get("goal") is None:
+            sys.exit(f"error: the record {name} has no goal; use the kind minatar.")
         for (script, env_id), runs in grouped(record["runs"], "script", "env_id").items():
             if only not in ("", script):
                 continue
             final = [run["final_return"] for run in runs]
-            low, high = bootstrap_interval(final)
             cells = [f"`{script}.py`", env_id, f"{record['goal']:g}"]
-            cells += [f"{sum(map(reaches, runs))} of {len(runs)}"]
-            cells += [f"{interquartile_mean(final):.1f} ({low:.1f} to {high:.1f})"]
+            cells += [f"{sum(map(reaches, runs))} of {len(runs)}", with_interval(final)]
             cells += [f"{min(final):.1f} to {max(final):.1f}", link(name, page)]
             lines.append(table_row(cells))
     return lines
@@ -206,7 +207,7 @@ def seeds_at_goal(name, script):
     record = read_record(name)
     if "learning" in record:
         found = [x for x in record["learning"] if x["script"] == script]
-        best = [[abs(y - x["optimum"]) < 1e-9 for y in x["returns"]] for x in found]
+        best = [[abs(y - x["optimum"]) <= TOLERANCE for y in x["returns"]] for x in found]
         return f"{sum(map(all, zip(*best)))} of {len(best[0])}" if best else None
     runs = [run for run in record.get("runs", []) if run.get("script") == script]
     if not runs or any("reaches_goal" not in run for run in runs):

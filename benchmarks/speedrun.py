@@ -123,7 +123,10 @@ def main():
     results = {"script": args.script, "env_id": args.env_id, "goal": GOALS[args.env_id]}
     results |= {"change": args.change, "against": None, "runs": []}
     if args.against:
-        before = json.loads((args.against / "results.json").read_text())
+        try:
+            before = json.loads((args.against / "results.json").read_text())
+        except (OSError, ValueError) as e:
+            sys.exit(f"error: --against {args.against}: no record ({e}).")
         if before.get("env_id") != args.env_id:
             sys.exit(f"error: {args.against} is a record of {before.get('env_id')}.")
         median = median_seconds(before["runs"])

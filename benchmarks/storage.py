@@ -184,11 +184,12 @@ def measure_turns(game, how, args):
         else:
             peers[codec] = Compressed(codec, stack=False)
             peers[f"{codec} stack"] = Compressed(codec, stack=True)
-    seconds = dict.fromkeys([*stores, *peers], 0.0)
+    seconds, peer_rows = dict.fromkeys([*stores, *peers], 0.0), args.peer_frames // NUM_ENVS
+    peer_rows = min(peer_rows, steps)
     for t, (frames, starts) in enumerate(play(game, how, steps)):
         for key, replay in stores.items():
             seconds[key] += add(replay, frames, starts)
-        for key, peer in peers.items() if t < args.peer_frames // NUM_ENVS else ():
+        for key, peer in peers.items() if t < peer_rows else ():
             begin = time.perf_counter()
             peer.add(frames, starts)
             seconds[key] += time.perf_counter() - begin
@@ -203,7 +204,7 @@ def measure_turns(game, how, args):
         times = sample_in_turns(stores["auto", output], stores["tiles", output], args)
         for name in ("plain", "tiles"):
             result["stores"][name] |= {f"{output} {n}": times[name, n] for n in SIZES}
-    rng, peer_rows = np.random.default_rng(0), args.peer_frames // NUM_ENVS
+    rng = np.random.default_rng(0)
     for key, peer in peers.items():
         peer_frames = peer_rows * (1 if key == "dopamine" else NUM_ENVS)
         found = {"bytes": peer.bytes_per_frame(), "adds": peer_frames / seconds[key]}

@@ -391,12 +391,31 @@ def time_peer(args, name, folder):
 # ---- all sides ---------------------------------------------------------------------------------
 
 
+def check_sides(parser, args):
+    """Exit if a side's name or its words are wrong, before anything is measured."""
+    peers = [peer.split() for peer in args.peers or ()]
+    for name, *words in peers:
+        if name not in ("CleanRL", "Stable-Baselines3"):
+            parser.error(f"--peers: {name} is not CleanRL or Stable-Baselines3")
+        for word in words:
+            if word.startswith("algorithm=") and word not in ("algorithm=DQN", "algorithm=QRDQN"):
+                parser.error(f"--peers: {word}: DQN or QRDQN")
+    for word in (word for words in peers for word in words[1:]):
+        if word.count("=") != 1:
+            parser.error(f"--peers: {word} is not NAME=VALUE")
+    for word in (word for variant in args.variants for word in variant.split()):
+        if word.count("=") != 1:
+            parser.error(f"--variants: {word} is not NAME=VALUE")
+    if args.repeats < 1 or args.seconds <= 0:
+        parser.error("--repeats and --seconds must be positive")
+
+
 def memcpy_ms():
     """Milliseconds for a copy of 64 MiB, the best of 7."""
-    source, times = np.zeros(2**26, np.uint8), []
+    (source, target), times = np.ones((2, 2**26), np.uint8), []
     for _ in range(7):
         start = time.perf_counter()
-        source.copy()
+        np.copyto(target, source)
         times.append(time.perf_counter() - start)
     return min(times) * 1e3
 
@@ -426,8 +445,13 @@ def main():
     if args.peer:
         return be_peer(args)
     args.variants = args.variants or ([""] if args.sweep else ["num_envs=1", "num_envs=8"])
+    check_sides(parser, args)
     if args.sweep:
         name, *values = args.sweep
+        try:
+            [*map(float, values)]
+        except ValueError:
+            parser.error("--sweep: the values must be numbers; give words as --variants")
         if len(values) < 2 or not args.alone:
             parser.error("--sweep needs an argument of CleanQ's, two values or more, and --alone")
         args.variants = [f"{v} {name}={x}".strip() for v in args.variants for x in values]

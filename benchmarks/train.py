@@ -91,6 +91,17 @@ def bootstrap_interval(values, resamples=RESAMPLES, statistic=interquartile_mean
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
+SOURCES = {}  # the scripts' texts when the commit was looked up
+
+
+def check_source(script):
+    """Exit if a script is not what it was at the first call: a run would be of another commit."""
+    file = ROOT / "algos" / f"{script}.py"
+    text = file.read_text() if file.exists() else ""
+    if SOURCES.setdefault(script, text) != text:
+        sys.exit(f"error: algos/{script}.py has changed since this command began; put it back.")
+
+
 def default_env_id(script):
     """The environment that a script names as its default, or None if none is found."""
     text = (ROOT / "algos" / f"{script}.py").read_text()
@@ -163,8 +174,9 @@ def start(run, flags, place, keep):
     lock = locked(place)
     if lock is None:
         return None
+    check_source(run.script)
     command = [sys.executable, os.fspath(ROOT / "algos" / f"{run.script}.py"), *run.flags(), *flags]
-    checkpoint = next((place / "runs").glob("*/checkpoint.pt"), None)
+    checkpoint = next(checkpoints_of(place), None)
     if not checkpoint:  # it was killed before its first checkpoint: it begins again
         shutil.rmtree(place / "runs", ignore_errors=True)
     if keep:
@@ -176,6 +188,12 @@ def start(run, flags, place, keep):
         options["env"] = os.environ | {"PYTHONUNBUFFERED": "1"}  # lines are in the log at once
         options["preexec_fn"] = lambda: os.pwrite(lock.fileno(), b"%-20d" % os.getpid(), 0)
         return subprocess.Popen(command, cwd=place, pass_fds=[lock.fileno()], **options)
+
+
+def checkpoints_of(place):
+    """The checkpoints in a run's folder; those of tables are .npz."""
+    files = (place / "runs").glob("*/checkpoint.*")
+    return (file for file in files if file.suffix in (".pt", ".npz"))  # no partial one
 
 
 def locked(place):
@@ -200,10 +218,10 @@ def lines_of(place):
 
 
 def has_ended(place):
-    """Whether the last start of a run came to its final evaluation. One stopped by a signal says
-    how to go on."""
-    last = [line for line in lines_of(place) if EVALUATED.search(line) or "go on with:" in line]
-    return not last or "go on with:" not in last[-1]  # without any: read_run complains
+    """Whether the last start of a run came to the end of its final evaluation."""
+    stopped = re.compile("go on with:|evaluation stopped after")  # by a signal
+    last = [line for line in lines_of(place) if EVALUATED.search(line) or stopped.search(line)]
+    return not last or not stopped.search(last[-1])  # without any: read_run complains
 
 
 def events_of(folder):
@@ -312,9 +330,7 @@ def report_of(runs, flags, goal):
     lines += [table_row(head), table_row(["---", "---", *["---:"] * (len(head) - 2)])]
     for (script, env_id), group in groups.items():
         final = np.array([run["final_return"] for run in group])
-        low, high = bootstrap_interval(final)
-        cells = [f"`{script}.py`", env_id]
-        cells += [f"{interquartile_mean(final):.1f} ({low:.1f} to {high:.1f})"]
+        cells = [f"`{script}.py`", env_id, with_interval(final)]
         cells += [f"{final.min():.1f} to {final.max():.1f}"]
         cells += [f"{final.std(ddof=1):.1f}" if len(group) > 1 else "unknown"]
         curves = common_curve(group)[1]
@@ -371,6 +387,12 @@ def report_of(runs, flags, goal):
             "```",
         ]
     )
+
+
+def with_interval(values):
+    """ "480.1 (455.0 to 499.2)": interquartile mean and 95% interval; of one seed no interval."""
+    text = f"{interquartile_mean(values):.1f}"
+    return text + (" ({:.1f} to {:.1f})".format(*bootstrap_interval(values)) * (len(values) > 1))
 
 
 def table_row(cells):
@@ -462,6 +484,20 @@ def add_study_arguments(parser):
     parser.add_argument("flags", nargs="*", help="after --: flags of the scripts")
 
 
+def check_study_arguments(parser, args, *names):
+    """What `names`, --jobs and the flags after -- must be."""
+    for name in names:
+        if len({*getattr(args, name)}) < len(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} must differ")
+    if args.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    taken = {"--seed": "--seeds", "--env-id": "--env-ids"}
+    taken |= dict.fromkeys(("--resume", "--evaluate"), "--runs, which resumes")
+    for flag in (word.split("=")[0].replace("_", "-") for word in args.flags):
+        if flag in taken:
+            parser.error(f"{flag} after --: use {taken[flag]}")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", required=True, help="files in algos/, without .py")
@@ -473,15 +509,7 @@ def parse_args():
     for script in args.scripts:
         if script not in there:
             parser.error(f"--scripts {script}: not in algos/; there are: {', '.join(there)}")
-    for name in ("scripts", "env_ids", "seeds"):
-        if len({*getattr(args, name)}) < len(getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} must differ")
-    if args.jobs < 1:
-        parser.error("--jobs must be 1 or more")
-    taken = {"--seed": "--seeds", "--env-id": "--env-ids"}
-    for flag in (word.split("=")[0].replace("_", "-") for word in args.flags):
-        if flag in taken:
-            parser.error(f"{flag} after --: use {taken[flag]}")
+    check_study_arguments(parser, args, "scripts", "env_ids", "seeds")
     return args
 
 
@@ -491,13 +519,21 @@ def results_of(runs, args, commit, folder):
     Returns the results in the order of `runs`; where each run is, a folder or a record; and the
     machines of the earlier ones.
     """
+    for run in runs:
+        check_source(run.script)
     found, place_of, machines = earlier_runs(args.earlier, runs, args.flags, commit)
     new = [run for run in runs if run not in found]
-    if args.runs:
-        check_study(folder, {"commit": commit, "flags": args.flags}, {run.script for run in runs})
-    run_all(new, args.flags, folder, args.jobs, keep=bool(args.runs))
     place_of |= {run: run.place(folder) for run in new}
-    found |= {run: read_run(run, place_of[run]) | {"commit": commit} for run in new}
+    with contextlib.ExitStack() as stack:
+        if args.runs:
+            study = {"commit": commit, "flags": args.flags}
+            check_study(folder, study, {run.script for run in runs})
+            lock = locked(folder)
+            if not lock:
+                sys.exit(f"error: another call of this tool is at work in {folder}.")
+            stack.enter_context(lock)
+        run_all(new, args.flags, folder, args.jobs, keep=bool(args.runs))
+        found |= {run: read_run(run, place_of[run]) | {"commit": commit} for run in new}
     return [found[run] for run in runs], [place_of[run] for run in runs], machines
 
 
@@ -604,6 +640,7 @@ def main():
     results = {"goal": args.goal, "jobs": args.jobs, "flags": [*map(option, args.flags)]}
     results |= {"runs": found, "earlier_machines": machines}
     write_record(args.record, results, report + page_of_networks(networks, args.record), commit)
+    shutil.rmtree(args.record / "networks", ignore_errors=True)  # of an earlier record there
     if networks:
         write_networks(networks, args.record / "networks")
     with open(args.record / "evaluations.csv", "w") as file:

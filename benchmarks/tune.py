@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from figures import pyplot
 from machine import ROOT, clean_commit, commit_of, write_record
-from train import check_same, locked, table_row
+from train import check_same, check_source, locked, table_row
 
 try:
     import optuna
@@ -361,10 +361,8 @@ def main():
         return show_arguments(arguments)
     objective, space = objective_of(args, script_args), space_of(args, arguments)
     if args.record or args.study:
-        try:
-            pyplot()
-        except ImportError:
-            sys.exit("error: the figure needs matplotlib; run `pip install '.[tune]'` first.")
+        pyplot()  # exits here if it is missing, not after the search
+    check_source(args.script)
     commit = clean_commit() if args.record else commit_of(str(ROOT))
     with contextlib.ExitStack() as stack:
         folder = args.study
@@ -372,7 +370,7 @@ def main():
             keys = ("script", "env_id", "flags", "seeds", "objective", "goal", "aggregate")
             keys += ("sampler", "sampler_seed", "pruner", "prune_after")
             same = {key: getattr(args, key) for key in keys}
-            same["search"] = {name: describe_range(x) for name, x in space.items()}
+            same["search"] = [[name, describe_range(x)] for name, x in space.items()]  # in order
             check_same(folder, {"commit": commit, **same}, "--study")
             lock = locked(folder)
             if not lock:

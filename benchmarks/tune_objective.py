@@ -51,8 +51,9 @@ class Objective(NamedTuple):
         """Steps and seconds until the goal, or None."""
         if not self.by_evaluation:
             return result["solved"]
-        rows = result["evaluations"]
-        return next(([step, time] for step, value, time in rows if value >= self.goal), None)
+        # As printed, with one decimal: that is what ended the run.
+        rows = ([step, time] for step, x, time in result["evaluations"] if round(x, 1) >= self.goal)
+        return next(rows, None)
 
     def value(self, result):
         """The value of one run; NaN if it gave up before it had one, see `values`."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from train import (
     EVALUATED,
     SOLVED,
+    checkpoints_of,
     events_of,
     lines_of,
     locked,
@@ -84,7 +85,7 @@ class Runs:
             elif process:
                 tail = "\n".join(lines_of(place)[-15:])
                 sys.exit(f"{tail}\nerror: {run} ended with status {process.returncode}.")
-        for checkpoint in place.glob("runs/*/checkpoint.pt"):
+        for checkpoint in checkpoints_of(place):
             checkpoint.unlink()  # a finished run does not go on, and with a replay it is large
         yield [value for _, value, _ in self.result(run)["evaluations"]]
 
@@ -120,7 +121,7 @@ class Runs:
         """Stop a run whose result is not wanted any more."""
         self.stop(run)
         self.processes.pop(run, None)
-        for checkpoint in run.place(self.folder).glob("runs/*/checkpoint.pt"):
+        for checkpoint in checkpoints_of(run.place(self.folder)):
             checkpoint.unlink()
 
     def close(self, kill):

@@ -616,6 +616,87 @@ def test_the_networks_of_a_record_can_be_evaluated(repository, tmp_path):
     assert f"evaluated: {median['final_return']:.1f} +- " in shown.stdout
 
 
+def test_a_script_that_changes_during_a_study_is_not_run(tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setattr(train, "SOURCES", {})
+    (tmp_path / "algos").mkdir()
+    file = tmp_path / "algos" / "script.py"
+    file.write_text("committed")
+    train.check_source("script")
+    file.write_text("edited")
+    run = train.Run("script", "CartPole-v1", 1)
+    with pytest.raises(SystemExit, match="has changed since this command began"):
+        train.start(run, [], tmp_path / "place", keep=True)
+    assert not (tmp_path / "place" / "log.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("last", "ended"),
+    [
+        ("CartPole-v1, step 300, evaluated: 9.0 +- 1.0 in 10 episodes", True),
+        ("evaluation stopped after 3 episodes", False),
+        ("go on with: python x.py --resume runs/x/checkpoint.pt", False),
+    ],
+)
+def test_a_run_has_ended_with_its_final_evaluation(tmp_path, last, ended):
+    """Not with the evaluation before it, if a signal interrupted the final one."""
+    from train import has_ended
+
+    before = "CartPole-v1, step 200, evaluated: 8.0 +- 1.0 in 10 episodes"
+    (tmp_path / "log.txt").write_text(f"{before}\n{last}\n")
+    assert has_ended(tmp_path) == ended
+
+
+def test_checkpoints_of_networks_and_tables_are_found(tmp_path):
+    from train import checkpoints_of
+
+    for name in ("a/checkpoint.pt", "b/checkpoint.npz", "c/checkpoint.partial"):
+        (tmp_path / "runs" / name).parent.mkdir(parents=True)
+        (tmp_path / "runs" / name).touch()
+    assert {file.suffix for file in checkpoints_of(tmp_path)} == {".pt", ".npz"}
+
+
+def test_a_folder_of_runs_is_used_by_one_call_at_a_time(repository):
+    from train import locked
+
+    folder = repository / "study"
+    folder.mkdir()
+    with locked(folder):
+        done = run(repository, *TRAIN, "--runs", "study")
+    assert done.returncode == 1 and "another call of this tool is at work in study" in done.stderr
+    assert run(repository, *TRAIN, "--runs", "study", "--seeds", 1).returncode == 0
+
+
+SPEED = ["--script", "script", "--change", "x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["overestimation.py", "--", "--seed", "7"], "--seed after --: use --seeds"),
+        (["train.py", "--scripts", "script", "--", "--resume=x"], "--resume after --: use --runs"),
+        (["throughput.py", "--peers", "cleanrl"], "cleanrl is not CleanRL or Stable-Baselines3"),
+        (["throughput.py", "--peers", "Stable-Baselines3 algorithm=PPO"], "DQN or QRDQN"),
+        (["throughput.py", "--variants", "num_envs8"], "num_envs8 is not NAME=VALUE"),
+        (["throughput.py", "--repeats", "0"], "--repeats and --seconds must be positive"),
+        (["throughput.py", "--alone", "--sweep", "precision", "a", "b"], "must be numbers"),
+        (["speedrun.py", *SPEED, "--against", "none"], "--against none: no record"),
+    ],
+)
+def test_what_would_give_a_wrong_or_no_result_is_refused(repository, words, message):
+    done = run(repository, f"benchmarks/{words[0]}", *words[1:])
+    assert done.returncode != 0 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_one_seed_has_no_interval():
+    from train import with_interval
+
+    assert with_interval([3.7]) == "3.7"
+    assert with_interval([1.0, 2.0, 3.0]).startswith("2.0 (1.0 to 3.0")
+
+
 def test_throughput_reads_the_scripts_log():
     """The first 30 entries are 100 steps apart, later ones 50. They are 0.1 s apart."""
     from throughput import TurnFailed, rate_of

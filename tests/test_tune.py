@@ -717,3 +717,15 @@ def test_a_record(repository, tmp_path):
         rows = [*csv.DictReader(file)]
     assert len(rows) == 4 * (3 * 2 + 2 * 2)  # four evaluations a run
     assert {row["step"] for row in rows} == {"10", "20", "30", "40"}
+
+
+def test_a_run_that_was_stopped_at_the_goal_has_reached_it():
+    """474.96 is printed as 475.0, which ends the run."""
+    from types import SimpleNamespace
+
+    from tune_objective import Objective
+
+    objective = SimpleNamespace(by_evaluation=True, goal=475)
+    evaluations = [[100, 474.9, 1.0], [200, 474.96, 2.0]]
+    assert Objective.reached(objective, {"evaluations": evaluations}) == [200, 2.0]
+    assert Objective.reached(objective, {"evaluations": evaluations[:1]}) is None
