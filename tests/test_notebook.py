@@ -78,6 +78,13 @@ def test_a_cell_trains_with_a_progress_bar(how, notebook):
     assert "Error" not in text and "Exit" not in text
 
 
+def test_a_table_is_learned_in_a_cell(notebook):
+    before = notebook.cell(STATE)
+    text = notebook.cell(f"%run {ALGOS / 'q_learning_tabular.py'} --total-timesteps 2000")
+    assert "step 2000, evaluated: " in text and "Error" not in text, text
+    assert notebook.cell(STATE) == before
+
+
 def test_an_interrupted_run_saves_and_the_kernel_goes_on(notebook):
     before = notebook.cell(STATE)
     text = notebook.script("%run", ENDLESS, interrupt_at=r"[1-9]\d*/100000000 \[")
