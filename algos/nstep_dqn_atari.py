@@ -414,13 +414,12 @@ class PinnedBatches:
 class Features(nn.Sequential):
     """nn.Sequential with the same parameters, computed the fastest way on each device.
 
-    Images are channels-last. With --precision bfloat16 the layers compute in bfloat16, and weights
-    and the result are float32. The first Linear takes the image flattened by row, column, channel,
-    as it lies in memory; in float32 on a CPU with AVX-512 it is a convolution, faster only there.
+    Images are channels-last, and the first Linear takes the image flattened by row, column, channel,
+    as it lies in memory. With --precision bfloat16 the layers compute in bfloat16, and weights and
+    the result are float32.
     """
 
     bfloat16 = False  # --precision
-    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
     def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
@@ -432,19 +431,9 @@ class Features(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             for layer in self:
-                if isinstance(layer, nn.Linear) and x.ndim == 4:
-                    x = self.dense(layer, x)
-                elif not isinstance(layer, nn.Flatten):
-                    x = layer(x)
-        x = x.permute(0, 2, 3, 1).flatten(1) if x.ndim == 4 else x
+                flatten = isinstance(layer, nn.Flatten)
+                x = x.permute(0, 2, 3, 1).flatten(1) if flatten else layer(x)
         return x.to(self[0].weight.dtype)
-
-    def dense(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """The layer of an image (B, C, H, W), flattened by row, column, channel."""
-        if x.is_cuda or x.dtype != torch.float32 or not self.avx512:
-            return layer(x.permute(0, 2, 3, 1).flatten(1))
-        weight = layer.weight.view(-1, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, layer.bias).flatten(1)
 
 
 def scaled(obs: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 # Lines in total. The limits of the project are 560 and 720. These files have more, because each of
 # them reports problems with its input, its checkpoint, its disk or its terminal in one line.
-VECTORS, ATARI, TABULAR = 945, 1255, 666
+VECTORS, ATARI, TABULAR = 945, 1244, 666
 OF_ATARI = {
     *(
         "Args",
@@ -163,25 +163,25 @@ FAMILY = {
     "nstep_dqn_atari": Member("dqn_atari", {"Args"}, 2, ATARI),
     "dueling_ddqn_atari": Member("ddqn_atari", {"Args", "QNetwork"}, 20, ATARI),
     "per_ddqn_atari": Member(
-        "ddqn_atari", OF_PER_ATARI, 138, 1368, 229, {"SumTree": "per_dqn_cartpole"}
+        "ddqn_atari", OF_PER_ATARI, 138, 1357, 229, {"SumTree": "per_dqn_cartpole"}
     ),
     # Above the line are the halves of two processes: what an actor does, and what the learner does.
     "apex_dqn_atari": Member(
         "dueling_ddqn_atari",
         OF_APEX,
         440,
-        1551,
+        1540,
         275,
         dict.fromkeys(("td_loss", "SumTree", "make_replay"), "per_ddqn_atari"),
     ),
-    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 283, 1471, 254, TAKEN_BY_RAINBOW_ATARI),
+    "rainbow_atari": Member("dqn_atari", OF_RAINBOW_ATARI, 283, 1460, 254, TAKEN_BY_RAINBOW_ATARI),
     # Seven methods of other files are above the line; what Rainbow has below it, this has, too.
-    "btr_atari": Member("rainbow_atari", OF_BTR, 237, 1497, 282, TAKEN_BY_BTR, ("projected",)),
+    "btr_atari": Member("rainbow_atari", OF_BTR, 237, 1486, 282, TAKEN_BY_BTR, ("projected",)),
     "pqn_atari": Member(
         "dqn_atari",
         OF_PQN_ATARI,
         600,
-        1001,
+        990,
         222,
         dict.fromkeys(("lambda_returns", "td_loss"), "pqn_cartpole"),
         ("import copy", "try: import fastreplay", *OF_REPLAY_ATARI, *GRAPHS),
