@@ -431,9 +431,9 @@ class PinnedBatches:
 class Features(nn.Sequential):
     """nn.Sequential with the same parameters, computed the fastest way on each device.
 
-    Images are channels-last, and the first Linear takes the image flattened by row, column, channel,
-    as it lies in memory. With --precision bfloat16 the layers compute in bfloat16, and weights and
-    the result are float32.
+    Images are channels-last; the first Linear takes the image flattened by row, column, channel, as
+    it lies in memory. With --precision bfloat16 the layers compute in bfloat16, and weights and the
+    result are float32.
     """
 
     bfloat16 = False  # --precision

@@ -181,10 +181,13 @@ FAMILY = {
         "dqn_atari",
         OF_PQN_ATARI,
         600,
-        990,
+        989,
         222,
         dict.fromkeys(("lambda_returns", "td_loss"), "pqn_cartpole"),
-        ("import copy", "try: import fastreplay", *OF_REPLAY_ATARI, *GRAPHS),
+        (
+            *("import copy", "import torch.nn.functional as F", "try: import fastreplay"),
+            *(*OF_REPLAY_ATARI, *GRAPHS),
+        ),
     ),
     "noisy_dqn_atari": Member(
         "dqn_atari",
