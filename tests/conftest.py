@@ -147,6 +147,15 @@ def own_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def own_precision():
+    """A script's main() sets the precision of its layers, --precision: this restores float32."""
+    yield
+    for path in ALGOS.glob("*_atari.py"):
+        if path.stem in sys.modules:
+            sys.modules[path.stem].Features.bfloat16 = False
+
+
 @pytest.fixture
 def repository(template, tmp_path):
     """A copy of the module's `template`, a repository with the tools and some scripts."""
