@@ -660,7 +660,7 @@ class Run:
         if self.step >= self.args.total_timesteps or self.is_solved():
             self.evaluate()
         elif saved:
-            path = (self.folder / "checkpoint.pt").as_posix()  # cmd.exe knows no quoted \\
+            path = (self.folder / "checkpoint.pt").as_posix()  # cmd.exe takes no quotes
             command = [Path(sys.argv[0]).as_posix(), "--resume", path]
             print("go on with:", "%run" if NOTEBOOK else "python", shlex.join(command))
         if not saved:
