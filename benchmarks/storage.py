@@ -17,9 +17,10 @@ For each game and each way to play, eight games run side by side and their frame
 Atari file, with epsilon 0.01.
 
 Plain and tiles get the same frames and sample in turns, in one process; the batches are compared.
-The compressors hold the first --peer-frames frames. --growth N adds up to N frames to tiles alone,
-in a process of its own: bytes a frame on the way, resident memory, the slowest adds. `--frames 0
---growth N` does nothing else; of that only the times need a quiet machine.
+Their adds are timed in a row: the frames of 250 steps are made first. The compressors hold the
+first --peer-frames frames. --growth N adds up to N frames to tiles alone, in a process of its own:
+bytes a frame on the way, resident memory, and adds between the steps of the games, which leave the
+caches cold. `--frames 0 --growth N` does nothing else; of that only the times need a quiet machine.
 
 A sample returns obs and next_obs of n transitions at random places: fastreplay's as the Atari files
 get them (float32, channels last) and as uint8, the compressors' as uint8. All on one thread.
@@ -49,6 +50,7 @@ FORMATS = {
     "float32": {"output_dtype": torch.float32, "memory_format": torch.channels_last},
     "uint8": {},
 }
+BLOCK = 250  # steps of frames that are added in a row
 COLUMNS = 9  # bytes of a transition's action, reward and so on, part of nbytes
 OBJECT = 33 + 8  # bytes of a Python bytes object besides its contents, and of the pointer to it
 
@@ -160,12 +162,25 @@ def fast_replay(capacity, storage, **options):
     return FrameReplay(capacity, (84, 84), NUM_ENVS, **options)
 
 
-def add(replay, frames, starts, clock=time.perf_counter):
-    """Add a row of transitions; only the frames matter here. -> seconds"""
+def add(replay, rows):
+    """Add rows of transitions, [(frames, starts)]; only these matter here. -> CPU seconds"""
     zeros = np.zeros(NUM_ENVS, np.int64), np.zeros(NUM_ENVS, np.float32), np.zeros(NUM_ENVS, bool)
-    begin = clock()
-    replay.add(frames, *zeros, starts)
-    return clock() - begin
+    begin = time.thread_time()
+    for frames, starts in rows:
+        replay.add(frames, *zeros, starts)
+    return time.thread_time() - begin
+
+
+def blocks(rows):
+    """Yield lists of up to BLOCK rows of `play`, copied."""
+    block = []
+    for frames, starts in rows:
+        block.append((frames.copy(), starts.copy()))
+        if len(block) == BLOCK:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
 def measure_turns(game, how, args):
@@ -184,15 +199,17 @@ def measure_turns(game, how, args):
         else:
             peers[codec] = Compressed(codec, stack=False)
             peers[f"{codec} stack"] = Compressed(codec, stack=True)
-    seconds, peer_rows = dict.fromkeys([*stores, *peers], 0.0), args.peer_frames // NUM_ENVS
-    peer_rows = min(peer_rows, steps)
-    for t, (frames, starts) in enumerate(play(game, how, steps)):
+    seconds = dict.fromkeys([*stores, *peers], 0.0)
+    left = peer_rows = min(args.peer_frames // NUM_ENVS, steps)
+    for block in blocks(play(game, how, steps)):
         for key, replay in stores.items():
-            seconds[key] += add(replay, frames, starts)
-        for key, peer in peers.items() if t < peer_rows else ():
-            begin = time.perf_counter()
-            peer.add(frames, starts)
-            seconds[key] += time.perf_counter() - begin
+            seconds[key] += add(replay, block)
+        for key, peer in peers.items():
+            begin = time.thread_time()
+            for row in block[:left]:
+                peer.add(*row)
+            seconds[key] += time.thread_time() - begin
+        left -= min(left, len(block))
     result = {"stores": {}, "frames": steps * NUM_ENVS}
     for storage, name in (("auto", "plain"), ("tiles", "tiles")):
         key = storage, "uint8"
@@ -250,7 +267,7 @@ def measure_growth(game, how, args):
     other = COLUMNS * capacity  # of actions and so on, taken at once
     points, times, mark, before = [], [], 10_000, resident_bytes()
     for t, row in enumerate(play(game, how, capacity // NUM_ENVS), 1):
-        times.append(add(replay, *row, clock=time.thread_time))
+        times.append(add(replay, [row]))
         count = t * NUM_ENVS
         if t == 1:
             before = resident_bytes()  # the games have started
@@ -331,7 +348,8 @@ def report_of(rows, args):
 def stores_table(rows):
     """Plain beside tiles, and the medians over the rows."""
     keys = [f"{output} {n}" for output in FORMATS for n in SIZES]
-    head = ["game", "play", "bytes a frame: plain", "tiles", "adds/s: plain", "tiles"]
+    head = ["game", "play", "bytes a frame: plain", "tiles"]
+    head += ["adds a CPU second: plain", "tiles"]
     head += [f"sample({key.split()[1]}), {key.split()[0]}: plain, tiles, ratio" for key in keys]
     lines = [table_row(head), table_row(["---", "---", *["---:"] * (len(head) - 2)])]
     for game, how, stores in rows:
@@ -350,7 +368,7 @@ def stores_table(rows):
 
 def compressors_table(found, names):
     """Medians over the rows of each compressor. `found`: the stores of each row"""
-    head = ["store", "bytes a frame", "adds/s", *(f"sample({n}), ratio" for n in SIZES)]
+    head = ["store", "bytes a frame", "adds a CPU second", *(f"sample({n}), ratio" for n in SIZES)]
     lines = [table_row(head), table_row(["---", *["---:"] * (len(head) - 1)])]
     for name in names:
         cells = [name, *(f"{median(s[name][x] for s in found):,.0f}" for x in ("bytes", "adds"))]

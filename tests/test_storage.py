@@ -138,6 +138,6 @@ def test_different_batches_are_an_error():
     for _ in range(100):
         frames = rng.integers(256, size=(storage.NUM_ENVS, 84, 84), dtype=np.uint8)
         for replay in replays:
-            storage.add(replay, frames, np.zeros(storage.NUM_ENVS, bool))
+            storage.add(replay, [(frames, np.zeros(storage.NUM_ENVS, bool))])
     with pytest.raises(RuntimeError, match="differs from the plain one"):
         storage.sample_in_turns(*replays, Namespace(turns=1))
