@@ -51,6 +51,7 @@ FORMATS = {
     "uint8": {},
 }
 BLOCK = 250  # steps of frames that are added in a row
+SEGMENT = 2**20  # bytes; the segments of tiles have more
 COLUMNS = 9  # bytes of a transition's action, reward and so on, part of nbytes
 OBJECT = 33 + 8  # bytes of a Python bytes object besides its contents, and of the pointer to it
 
@@ -259,15 +260,19 @@ def measure_growth(game, how, args):
     """Tiles alone: bytes a frame, resident memory and times of adds while frames are added.
 
     The times are CPU time of the thread, the kernel's work for it included: another process that
-    takes the core for some milliseconds does not look like a slow add.
+    takes the core for some milliseconds does not look like a slow add. The adds that began a new
+    segment of memory are also counted alone.
     """
     torch.set_num_threads(1)
     capacity = args.growth // NUM_ENVS * NUM_ENVS
     replay = fast_replay(capacity, "tiles")
     other = COLUMNS * capacity  # of actions and so on, taken at once
-    points, times, mark, before = [], [], 10_000, resident_bytes()
+    points, times, growing, mark, before = [], [], [], 10_000, resident_bytes()
     for t, row in enumerate(play(game, how, capacity // NUM_ENVS), 1):
+        size = replay.nbytes
         times.append(add(replay, [row]))
+        if replay.nbytes - size >= SEGMENT:
+            growing.append(times[-1] * 1e6)
         count = t * NUM_ENVS
         if t == 1:
             before = resident_bytes()  # the games have started
@@ -280,9 +285,10 @@ def measure_growth(game, how, args):
                     "resident": resident_bytes() - before,
                     "adds": NUM_ENVS * len(times) / sum(times),
                     "add us": quantiles.tolist(),
+                    "growing add us": growing,
                 }
             )
-            mark, times = 2 * mark, []
+            mark, times, growing = 2 * mark, [], []
     return {"growth": points}
 
 
@@ -382,13 +388,15 @@ def compressors_table(found, names):
 
 def growth_table(rows):
     head = ["game", "play", "frames", "bytes a frame", "resident memory, MB", "adds a CPU second"]
-    head += ["CPU us an add: median, 99.9%, slowest"]
-    lines = [table_row(head), table_row(["---", "---", *["---:"] * 5])]
+    head += ["CPU us an add: median, 99.9%, slowest", "adds that began a segment: number, slowest"]
+    lines = [table_row(head), table_row(["---", "---", *["---:"] * 6])]
     for game, how, parts in rows:
         for point in parts["growth"]["growth"]:
             cells = [game, how, f"{point['frames']:,}", f"{point['bytes']:.0f}"]
             cells += [f"{point['resident'] / 1e6:,.0f}", f"{point['adds']:,.0f}"]
             cells += [", ".join(f"{x:.0f}" for x in point["add us"])]
+            grew = point["growing add us"]
+            cells += [f"{len(grew)}, {max(grew):.0f}" if grew else "0"]
             lines.append(table_row(cells))
     return lines
 

@@ -107,6 +107,8 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     assert all(len(stores["tiles"][f"uint8 {n}"]) == 3 for n in (32, 256))
     (point,) = rows[0][2]["growth"]["growth"]
     assert point["frames"] == 2_000 and point["add us"][0] <= point["add us"][2]
+    grew = point["growing add us"]  # the first tiles and the first chunks began a segment each
+    assert 1 <= len(grew) <= 3 and max(grew) <= point["add us"][2] + 1e-6
     page = storage.report_of(rows, args)
     assert (
         f"| Pong | sticky | {stores['plain']['bytes']:,.0f} | {stores['tiles']['bytes']:,.0f} |"
