@@ -117,6 +117,7 @@ def side_name(side, atari):
     else:
         name = f"`{options.get('script', 'dqn_atari' if atari else 'dqn_cartpole')}.py`"
     name += ", bfloat16" if options.get("precision") == "bfloat16" else ""
+    name += ", plain frames" if options.get("replay_storage") == "plain" else ""
     return f"{name}, {n} environment{'s' * (n > 1)}"
 
 
