@@ -100,6 +100,7 @@ def assert_equal(plain, tiles, n=16):
 
 
 SHAPES = [(84, 84), (1, 1), (4,), (2, 2), (7, 9), (9, 8), (17, 33), (64, 64), (3, 20, 20), (96, 1)]
+SHAPES += [(6, 183)]  # 16 bytes from the last tile but one pass the end of the row
 OPTIONS = [
     {},
     {"n_step": 3, "memory_format": torch.channels_last, "output_dtype": torch.float32},

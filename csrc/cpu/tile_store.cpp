@@ -61,19 +61,28 @@ void put_tile(const Tiles& tiles, const uint8_t* pixels, uint8_t* out) {
 }
 
 // Writes a frame. Rows of tiles are copied as 16 bytes, of which the tile after any row has enough,
-// and what follows in the frame overwrites the excess; the last tiles are copied exactly.
+// and the tile to the right overwrites the excess; where they do not fit into the frame's row, and
+// in the last strip of tiles, they are copied exactly.
 template <typename Tiles>
 void write_frame(const TileDictionary& dictionary, const Tiles& tiles, const int64_t* offsets,
                  const uint32_t* ids, uint8_t* out) {
+  constexpr int64_t kStripsAhead = 8;
   const int64_t across = tiles.across();
   const int64_t wide = tiles.columns() >= kLeastTileRow ? tiles.down() - 1 : 0;
   for (int64_t y = 0; y < wide; ++y, ids += across, offsets += across) {
-    uint8_t* const strip = out + offsets[0];
-    for (int row = 0; row < tiles.rows(); ++row) {
-      for (int64_t x = 0; x < across; ++x) {
-        const int64_t column = std::min(x * tiles.columns(), tiles.width() - tiles.columns());
-        std::memcpy(strip + row * tiles.width() + column,
-                    dictionary.pixels(ids[x]) + row * tiles.columns(), 16);
+    if (y + kStripsAhead < tiles.down()) {
+      for (int64_t x = 0; x < across; ++x) dictionary.prefetch(ids[x + kStripsAhead * across]);
+    }
+    for (int64_t x = 0; x < across; ++x) {
+      const int64_t column = std::min(x * tiles.columns(), tiles.width() - tiles.columns());
+      const uint8_t* const pixels = dictionary.pixels(ids[x]);
+      uint8_t* const to = out + offsets[0] + column;
+      if (column + 16 > tiles.width()) {
+        put_tile(tiles, pixels, to);
+        continue;
+      }
+      for (int row = 0; row < tiles.rows(); ++row) {
+        std::memcpy(to + row * tiles.width(), pixels + row * tiles.columns(), 16);
       }
     }
   }
@@ -368,15 +377,18 @@ void TileStore::read_coded(const Tiles& tiles, const Chunk& chunk, int first, in
                            uint8_t* out) const {
   uint32_t* const ids = ids_of_thread(layout_.positions);
   const uint8_t* change = load_ids(chunk, first, ids);
-  int64_t following = 0;
-  for (int frame = first + 1; frame < first + n; ++frame) {
-    following += layout_.changed(chunk.data, frame);
-  }
-  for (int64_t i = 0; i < following; ++i) {
-    dictionary_.prefetch(ChunkLayout::id_at(change + i * layout_.change_bytes));
-  }
+  const uint8_t* ahead = change;
+  const auto prefetch_changed = [&](int frame) {
+    if (frame == first + n) return;
+    for (int64_t left = layout_.changed(chunk.data, frame); left > 0; --left) {
+      dictionary_.prefetch(ChunkLayout::id_at(ahead));
+      ahead += layout_.change_bytes;
+    }
+  };
+  prefetch_changed(first + 1);
   write_frame(dictionary_, tiles, offsets_.data(), ids, out);
   for (int frame = first + 1; frame < first + n; ++frame) {
+    prefetch_changed(frame + 1);
     std::memcpy(out + frame_bytes(), out, static_cast<size_t>(frame_bytes()));
     out += frame_bytes();
     for (int64_t left = layout_.changed(chunk.data, frame); left > 0; --left) {
