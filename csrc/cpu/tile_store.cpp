@@ -375,26 +375,29 @@ void TileStore::read_chunk(const Chunk& chunk, int first, int n, uint8_t* out) c
 template <typename Tiles>
 void TileStore::read_coded(const Tiles& tiles, const Chunk& chunk, int first, int n,
                            uint8_t* out) const {
-  uint32_t* const ids = ids_of_thread(layout_.positions);
+  // Copies, because the compiler would load the members again after each write to `out`.
+  const ChunkLayout layout = layout_;
+  const int64_t* const offsets = offsets_.data();
+  const int64_t bytes = frame_bytes();
+  uint32_t* const ids = ids_of_thread(layout.positions);
   const uint8_t* change = load_ids(chunk, first, ids);
   const uint8_t* ahead = change;
   const auto prefetch_changed = [&](int frame) {
     if (frame == first + n) return;
-    for (int64_t left = layout_.changed(chunk.data, frame); left > 0; --left) {
+    for (int64_t left = layout.changed(chunk.data, frame); left > 0; --left) {
       dictionary_.prefetch(ChunkLayout::id_at(ahead));
-      ahead += layout_.change_bytes;
+      ahead += layout.change_bytes;
     }
   };
   prefetch_changed(first + 1);
-  write_frame(dictionary_, tiles, offsets_.data(), ids, out);
-  for (int frame = first + 1; frame < first + n; ++frame) {
+  write_frame(dictionary_, tiles, offsets, ids, out);
+  for (int frame = first + 1; frame < first + n; ++frame, out += bytes) {
     prefetch_changed(frame + 1);
-    std::memcpy(out + frame_bytes(), out, static_cast<size_t>(frame_bytes()));
-    out += frame_bytes();
-    for (int64_t left = layout_.changed(chunk.data, frame); left > 0; --left) {
-      const int64_t offset = offsets_[static_cast<size_t>(layout_.position_at(change))];
-      put_tile(tiles, dictionary_.pixels(ChunkLayout::id_at(change)), out + offset);
-      change += layout_.change_bytes;
+    std::memcpy(out + bytes, out, static_cast<size_t>(bytes));
+    for (int64_t left = layout.changed(chunk.data, frame); left > 0; --left) {
+      const int64_t offset = offsets[layout.position_at(change)];
+      put_tile(tiles, dictionary_.pixels(ChunkLayout::id_at(change)), out + bytes + offset);
+      change += layout.change_bytes;
     }
   }
 }
@@ -406,14 +409,16 @@ const uint8_t* TileStore::load_ids(const Chunk& chunk, int frame, uint32_t* ids)
   for (int f = 0; f <= frame; ++f) changed += layout_.changed(chunk.data, f);
   const uint8_t* change = chunk.data + layout_.changes;
   if (layout_.count_bytes == 1) {
-    for (; changed > 0; --changed, change += 4) {
-      const uint32_t word = ChunkLayout::word_at(change);
-      ids[word >> 24] = word & kIdMask;
+    for (; changed >= 4; changed -= 4, change += 16) {  // unrolled by hand
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t word = ChunkLayout::word_at(change + 4 * i);
+        ids[word >> 24] = word & kIdMask;
+      }
     }
-  } else {
-    for (; changed > 0; --changed, change += layout_.change_bytes) {
-      ids[layout_.position_at(change)] = ChunkLayout::id_at(change);
-    }
+  }
+  for (const int change_bytes = layout_.change_bytes; changed > 0; --changed) {
+    ids[layout_.position_at(change)] = ChunkLayout::id_at(change);
+    change += change_bytes;
   }
   return change;
 }
