@@ -61,15 +61,14 @@ void put_tile(const Tiles& tiles, const uint8_t* pixels, uint8_t* out) {
 }
 
 // Writes a frame. Rows of tiles are copied as 16 bytes, of which the tile after any row has enough,
-// and the tile to the right overwrites the excess; where they do not fit into the frame's row, and
-// in the last strip of tiles, they are copied exactly.
+// and the tile to the right overwrites the excess. Where they do not fit into the frame's row, they
+// are copied exactly.
 template <typename Tiles>
 void write_frame(const TileDictionary& dictionary, const Tiles& tiles, const int64_t* offsets,
                  const uint32_t* ids, uint8_t* out) {
   constexpr int64_t kStripsAhead = 8;
   const int64_t across = tiles.across();
-  const int64_t wide = tiles.columns() >= kLeastTileRow ? tiles.down() - 1 : 0;
-  for (int64_t y = 0; y < wide; ++y, ids += across, offsets += across) {
+  for (int64_t y = 0; y < tiles.down(); ++y, ids += across, offsets += across) {
     if (y + kStripsAhead < tiles.down()) {
       for (int64_t x = 0; x < across; ++x) dictionary.prefetch(ids[x + kStripsAhead * across]);
     }
@@ -85,9 +84,6 @@ void write_frame(const TileDictionary& dictionary, const Tiles& tiles, const int
         std::memcpy(to + row * tiles.width(), pixels + row * tiles.columns(), 16);
       }
     }
-  }
-  for (int64_t i = 0; i < (tiles.down() - wide) * across; ++i) {
-    put_tile(tiles, dictionary.pixels(ids[i]), out + offsets[i]);
   }
 }
 
