@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("algos/", "csrc/", "benchmarks/", "tests/")
-PACKAGES = "torch numpy gymnasium ale-py tensorboard stable-baselines3 opencv-python-headless"
+PACKAGES = "torch numpy gymnasium ale-py tensorboard stable-baselines3 sb3-contrib tianshou"
+PACKAGES += " opencv-python-headless"
 GPU_PACKAGES = "torchrl tensordict jax flashbax"
 
 

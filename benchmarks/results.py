@@ -37,7 +37,7 @@ BLOCK = re.compile(
     re.S,
 )
 REACHED = re.compile(r"\b\d+ of \d+\b")
-NAMES = {"DQN": "DQN", "QRDQN": "QR-DQN"}  # Stable-Baselines3's
+NAMES = {"QRDQN": "QR-DQN"}  # Stable-Baselines3's and Tianshou's
 
 
 def read_record(name):
@@ -110,10 +110,11 @@ def side_name(side, atari):
     name, *words = side.split()
     options = dict(word.split("=") for word in words)
     n = int(options.get("num_envs", 1))
-    if name == "Stable-Baselines3":
-        name += " " + NAMES.get(options.get("algorithm", "DQN"), options.get("algorithm"))
-    elif name == "CleanRL":
+    if name in ("Stable-Baselines3", "Tianshou"):
+        name += " " + NAMES.get(options.get("algorithm"), options.get("algorithm", "DQN"))
+    elif name in ("CleanRL", "LeanRL"):
         name += f" `{options.get('script', 'dqn_atari' if atari else 'dqn')}.py`"
+        name += ", compiled" if options.get("compile") == "True" else ""
     else:
         name = f"`{options.get('script', 'dqn_atari' if atari else 'dqn_cartpole')}.py`"
     name += ", bfloat16" if options.get("precision") == "bfloat16" else ""

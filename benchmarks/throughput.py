@@ -1,4 +1,4 @@
-"""Agent steps per second while learning: CleanQ, CleanRL and Stable-Baselines3.
+"""Agent steps per second while learning: CleanQ, and CleanRL, LeanRL, Stable-Baselines3, Tianshou.
 
     python benchmarks/throughput.py --task atari --cleanrl ../cleanrl \\
         --record benchmarks/records/2026-01-01_throughput_atari
@@ -13,8 +13,9 @@ prints the table.
 `--variants` are the flags of CleanQ's turns, one string for each side: "num_envs=8 tau=0.1". The
 word `script=NAME` chooses the file in algos/. `--peers` are the other sides, in the same form:
 "CleanRL script=c51", "Stable-Baselines3 num_envs=4", "Stable-Baselines3 algorithm=QRDQN
-n_quantiles=25" (of sb3-contrib). A side is compared with the fastest peer of its algorithm: C51,
-QR-DQN, Rainbow, or DQN, with which all other files are compared.
+n_quantiles=25" (of sb3-contrib), "Tianshou algorithm=C51", "LeanRL script=dqn_torchcompile
+compile=True". A side is compared with the fastest peer of its algorithm: C51, QR-DQN, Rainbow, or
+DQN, with which all other files are compared.
 
 `--sweep num_envs 1 4 16 64` measures each variant with each of these values; the figure shows the
 rate against them.
@@ -31,16 +32,13 @@ agent step goes; `--record` keeps the tables.
 CleanQ's scripts run through their command line; the rate comes from the times and steps of their
 TensorBoard files. If they compile their update, --warm-up must be longer than the compilation.
 
-CleanRL is a checkout of github.com/vwxyzjn/cleanrl. Its scripts expect gymnasium 0.29, so this tool
-restores the names that 1.x changed. The scripts run without their log of episodes, whose format has
-changed, too. rainbow_atari.py stores scalars, because NumPy 2.4 refuses its arrays of one element.
+CleanRL and LeanRL are checkouts of github.com/vwxyzjn/cleanrl and github.com/pytorch-labs/LeanRL.
+What is changed in the peers so that they run at all is listed in throughput_peers.py.
 """
 
 import argparse
 import json
-import os
 import re
-import runpy
 import signal
 import statistics
 import subprocess
@@ -52,6 +50,7 @@ from pathlib import Path
 import numpy as np
 from figures import Curve, draw_curves, draw_intervals, pyplot, save, styles
 from machine import ROOT, clean_commit, commit_of, write_record
+from throughput_peers import EPSILON, PEERS, flags_of
 
 TASKS = {
     "atari": {
@@ -80,21 +79,13 @@ TASKS["minatar"] = TASKS["cartpole"] | {
     "train_frequency": 4,
     "target_network_frequency": 1_000,
 }
-EPSILON = 0.01
+CHECKOUTS = {"CleanRL": "github.com/vwxyzjn/cleanrl", "LeanRL": "github.com/pytorch-labs/LeanRL"}
 COUNTED_STEPS = {"atari": 400}  # agent steps whose FLOPs are counted; elsewhere 2,000
 STARTUP_SECONDS = 120  # a turn whose first step takes longer is aborted
 
 
 class TurnFailed(Exception):
     """A turn without a result; the message gives the reason in one line."""
-
-
-def flags_of(options):
-    """{"num_envs": 8, "compile": "True"} -> ["--num-envs", "8", "--compile"]"""
-    flags = []
-    for key, value in options.items():
-        flags += [f"--{key.replace('_', '-')}"] + ([] if str(value) == "True" else [str(value)])
-    return flags
 
 
 def last_line(text):
@@ -250,136 +241,16 @@ def rate_of(times, learning, warm_up, seconds):
     return (last_step - first_step) / (end - start)
 
 
-# ---- the peers, each in its own process --------------------------------------------------------
-
-
-class Clock:
-    """Counts a peer's steps. Prints the rate over `seconds` after the warm-up and ends the process.
-
-    The warm-up ends `warm_up` seconds after the first step, but not before `learning_starts` steps.
-    """
-
-    def __init__(self, learning_starts, warm_up, seconds):
-        self.learning_starts, self.warm_up, self.seconds = learning_starts, warm_up, seconds
-        self.step, self.begun, self.start = 0, None, None
-
-    def tick(self, steps=1):
-        self.step += steps
-        now = time.perf_counter()
-        if self.begun is None:
-            self.begun = now
-        if self.start is None:
-            if now >= self.begun + self.warm_up and self.step >= self.learning_starts:
-                self.start = self.step, now
-        elif now >= self.start[1] + self.seconds:
-            rate = (self.step - self.start[0]) / (now - self.start[1])
-            print(json.dumps({"steps_per_second": rate}), flush=True)
-            os._exit(0)  # there is no common way to stop the peers
-
-
-def run_cleanrl(task, clock, folder, script, **options):
-    """Run CleanRL's own script in this process."""
-    import ale_py  # noqa: F401  (registers the games)
-    import gymnasium as gym
-    from gymnasium.vector import AutoresetMode, SyncVectorEnv
-
-    class OldSyncVectorEnv(SyncVectorEnv):
-        """As in gymnasium 0.29: a step that ends an episode returns the next one's first frame."""
-
-        def __init__(self, env_fns):
-            super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
-
-        def step(self, actions):
-            *result, infos = super().step(actions)
-            clock.tick()
-            if "final_obs" in infos:
-                infos["final_observation"] = infos["final_obs"]
-            infos.pop("final_info", None)
-            return *result, infos
-
-    gym.vector.SyncVectorEnv = OldSyncVectorEnv
-    gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
-    gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
-    sys.path.insert(0, folder)
-    source = (Path(folder) / "cleanrl" / f"{script}.py").read_text()
-    stored = "obs, actions, rewards, real_next_obs, terminations"
-    source = source.replace(f"rb.add({stored})", f"rb.add(*(x[0] for x in ({stored})))")
-    path = Path(f"{script}.py")  # in the turn's own folder
-    path.write_text(source)
-    sys.argv = [str(path), *flags_of({"start_e": EPSILON, "end_e": EPSILON} | task | options)]
-    runpy.run_path(str(path), run_name="__main__")
-
-
-def run_sb3(task, clock, atari, algorithm="DQN", num_envs=1, **policy_options):
-    """Train Stable-Baselines3's DQN, or sb3-contrib's QRDQN, in this process.
-
-    n environments make `train_frequency` n steps, and then n updates.
-    """
-    import ale_py  # noqa: F401  (registers the games)
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-    from stable_baselines3.common.vec_env import VecFrameStack
-
-    class Tick(BaseCallback):
-        def _on_step(self):
-            clock.tick(num_envs)
-            return True
-
-    if algorithm == "DQN":
-        from stable_baselines3 import DQN as Algorithm
-    else:
-        from sb3_contrib import QRDQN as Algorithm
-    if atari:
-        env = VecFrameStack(make_atari_env(task["env_id"], n_envs=num_envs, seed=1), 4)
-        policy, net = "CnnPolicy", {}
-    else:
-        env = make_vec_env(task["env_id"], num_envs, 1)
-        policy, net = "MlpPolicy", {"net_arch": [120, 84]}
-    model = Algorithm(
-        policy,
-        env,
-        learning_rate=task["learning_rate"],
-        buffer_size=task["buffer_size"],
-        learning_starts=task["learning_starts"],
-        batch_size=task["batch_size"],
-        train_freq=task["train_frequency"],
-        gradient_steps=num_envs,
-        target_update_interval=task["target_network_frequency"],
-        exploration_initial_eps=EPSILON,
-        exploration_final_eps=EPSILON,
-        policy_kwargs=net | policy_options,
-        device="cpu",
-    )
-    model.learn(10**9, callback=Tick())
-
-
-def be_peer(args):
-    """Runs one turn of a peer in this process."""
-    import torch
-
-    torch.set_num_threads(args.threads)
-    task, atari = TASKS[args.task], args.task == "atari"
-    clock = Clock(task["learning_starts"], args.warm_up, args.seconds)
-    name, *words = args.peer.split()
-    options = dict(word.split("=") for word in words)
-    if name == "CleanRL":
-        script = options.pop("script", "dqn_atari" if atari else "dqn")
-        run_cleanrl(task, clock, args.cleanrl, script, **options)
-    else:
-        numbers = {k: int(v) for k, v in options.items() if k != "algorithm"}
-        run_sb3(task, clock, atari, **options | numbers)
-
-
-def time_peer(args, name, folder):
+def time_peer(args, side, folder):
     """Steps per second of one turn of a peer."""
-    command = [sys.executable, "-W", "ignore", __file__, "--peer", name, "--task", args.task]
-    command += ["--threads", args.threads, "--warm-up", args.warm_up, "--seconds", args.seconds]
-    command += ["--cleanrl", args.cleanrl or ""]
+    turn = {"task": TASKS[args.task], "atari": args.task == "atari", "threads": args.threads}
+    turn |= {"warm_up": args.warm_up, "seconds": args.seconds}
+    turn |= {"folders": {"CleanRL": args.cleanrl, "LeanRL": args.leanrl}}
+    tool = ROOT / "benchmarks" / "throughput_peers.py"
+    command = [sys.executable, "-W", "ignore", tool, side, json.dumps(turn)]
     limit = STARTUP_SECONDS + args.warm_up + 2 * args.seconds
     try:
-        done = subprocess.run(
-            list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=limit
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         raise TurnFailed(f"took longer than {limit:.0f} s") from None
     lines = [x for x in done.stdout.splitlines() if x.startswith('{"steps_per_second"')]
@@ -393,16 +264,22 @@ def time_peer(args, name, folder):
 
 def check_sides(parser, args):
     """Exit if a side's name or its words are wrong, before anything is measured."""
-    peers = [peer.split() for peer in args.peers or ()]
-    for name, *words in peers:
-        if name not in ("CleanRL", "Stable-Baselines3"):
-            parser.error(f"--peers: {name} is not CleanRL or Stable-Baselines3")
+    for name, *words in (peer.split() for peer in args.peers or ()):
+        if name not in PEERS:
+            parser.error(f"--peers: {name} is not one of {', '.join(PEERS)}")
+        if name in CHECKOUTS and not getattr(args, name.lower()):
+            parser.error(
+                f"--peers {name} needs --{name.lower()} FOLDER, a checkout of {CHECKOUTS[name]}"
+            )
         for word in words:
-            if word.startswith("algorithm=") and word not in ("algorithm=DQN", "algorithm=QRDQN"):
-                parser.error(f"--peers: {word}: DQN or QRDQN")
-    for word in (word for words in peers for word in words[1:]):
-        if word.count("=") != 1:
-            parser.error(f"--peers: {word} is not NAME=VALUE")
+            key, equals, value = word.partition("=")
+            if not equals or "=" in value:
+                parser.error(f"--peers: {word} is not NAME=VALUE")
+            allowed = PEERS[name].get(key, ())
+            if key not in PEERS[name] and name not in CHECKOUTS:
+                parser.error(f"--peers: {name} has no {key}, only {', '.join(PEERS[name])}")
+            if allowed and value not in allowed:
+                parser.error(f"--peers: {word}: {' or '.join(allowed)}")
     for word in (word for variant in args.variants for word in variant.split()):
         if word.count("=") != 1:
             parser.error(f"--variants: {word} is not NAME=VALUE")
@@ -430,6 +307,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="atari")
     parser.add_argument("--cleanrl", help="folder of a CleanRL checkout (default: no CleanRL)")
+    parser.add_argument("--leanrl", help="folder of a LeanRL checkout (CartPole only)")
     parser.add_argument("--peers", nargs="*", help="default: CleanRL's and Stable-Baselines3's DQN")
     parser.add_argument("--alone", action="store_true", help="CleanQ only, no peers")
     parser.add_argument("--variants", nargs="*", help="default: num_envs=1 and num_envs=8")
@@ -440,10 +318,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=12.0, help="seconds measured in a turn")
     parser.add_argument("--profile", type=Path, help="folder for traces; nothing is compared")
     parser.add_argument("--record", help="folder of the record")
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peer:
-        return be_peer(args)
     args.variants = args.variants or ([""] if args.sweep else ["num_envs=1", "num_envs=8"])
     check_sides(parser, args)
     if args.sweep:
@@ -460,8 +335,9 @@ def main():
         return profile_variants(args, commit)
     if args.record:
         pyplot()  # exits here if it is missing, not after the measurement
-    if args.cleanrl:
-        args.cleanrl = str(Path(args.cleanrl).expanduser().resolve())
+    for name in map(str.lower, CHECKOUTS):
+        folder = getattr(args, name)
+        setattr(args, name, str(Path(folder).expanduser().resolve()) if folder else None)
     sides = [f"CleanQ {variant}".strip() for variant in args.variants]
     if not args.alone:
         if args.task == "minatar" and not args.peers:
@@ -504,6 +380,7 @@ def main():
         results = {"steps_per_second": rates, "memcpy_ms": drift, "failed": failed}
         results |= counted
         results |= {"task": TASKS[args.task], "cleanrl_commit": commit_of(args.cleanrl)}
+        results |= {"leanrl_commit": commit_of(args.leanrl)}
         if args.sweep:
             results["sweep"] = args.sweep[0]
         write_record(args.record, results, report, commit)
@@ -598,8 +475,9 @@ def report_of(args, rates, drift, failed, counted):
         rates = " and ".join(f"{x / 1e9:.0f} in {p}" for p, x in counted["matrix_rates"].items())
         lines += [f"GFLOP/s of matrix products, median of the rounds: {rates}."]
     lines += [f"Task: {json.dumps(TASKS[args.task])}, epsilon {EPSILON}."]
-    if args.cleanrl:
-        lines += [f"CleanRL: commit {commit_of(args.cleanrl)}."]
+    for name in CHECKOUTS:
+        if commit := commit_of(getattr(args, name.lower())):
+            lines += [f"{name}: commit {commit}."]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -677,8 +678,14 @@ SPEED = ["--script", "script", "--change", "x"]
     [
         (["overestimation.py", "--", "--seed", "7"], "--seed after --: use --seeds"),
         (["train.py", "--scripts", "script", "--", "--resume=x"], "--resume after --: use --runs"),
-        (["throughput.py", "--peers", "cleanrl"], "cleanrl is not CleanRL or Stable-Baselines3"),
+        (["throughput.py", "--peers", "cleanrl"], "cleanrl is not one of CleanRL, LeanRL, Stable-"),
+        (
+            ["throughput.py", "--peers", "CleanRL"],
+            "needs --cleanrl FOLDER, a checkout of github.com",
+        ),
         (["throughput.py", "--peers", "Stable-Baselines3 algorithm=PPO"], "DQN or QRDQN"),
+        (["throughput.py", "--peers", "Tianshou envs=4"], "Tianshou has no envs, only algorithm, "),
+        (["throughput.py", "--peers", "Tianshou num_envs"], "num_envs is not NAME=VALUE"),
         (["throughput.py", "--variants", "num_envs8"], "num_envs8 is not NAME=VALUE"),
         (["throughput.py", "--repeats", "0"], "--repeats and --seconds must be positive"),
         (["throughput.py", "--alone", "--sweep", "precision", "a", "b"], "must be numbers"),
@@ -774,7 +781,8 @@ def test_the_roofline():
     counted["matrix_rates"] = {"float32": 100.0, "bfloat16": 300.0}
     counted["flops_per_step"] = {"CleanQ": 10.0, "CleanQ precision=bfloat16": 10.0}
     assert [*throughput.rooflines_of(counted).values()] == [10.0, 30.0]
-    args = argparse.Namespace(task="cartpole", threads=1, repeats=1, seconds=1, cleanrl=None)
+    args = argparse.Namespace(task="cartpole", threads=1, repeats=1, seconds=1)
+    args.cleanrl = args.leanrl = None
     rates = {"CleanQ": [5.0], "Stable-Baselines3": [4.0]}
     page = throughput.report_of(args, rates, [1.0], {}, counted)
     assert "| CleanQ | 5 | 5 | 5 | 1.25 | 50% |" in page
@@ -811,6 +819,72 @@ def test_throughput_without_a_rate_writes_no_record(repository):
     done = run(repository, *words, "--record", "record")
     assert done.returncode != 0 and not (repository / "record").exists()
     assert "not measured: error: --device must be cpu" in done.stdout
+
+
+OLD_SCRIPT = """
+import sys
+import gymnasium as gym
+import wandb
+
+flags = "--start-e 0.01 --end-e 0.01 --env-id CartPole-v1 --learning-starts 100 --num-envs 2"
+assert sys.argv[1:] == flags.split()
+wandb.init(project="no one logs this")
+make_env = lambda: gym.wrappers.RecordEpisodeStatistics(gym.make("CartPole-v1"))
+envs = gym.vector.SyncVectorEnv([make_env] * 2)
+envs.reset(seed=1)
+lengths, last = [0, 0], None
+while True:
+    obs, rewards, terminations, truncations, infos = envs.step(envs.action_space.sample())
+    assert ("final_info" in infos) == (terminations | truncations).any()
+    for i, info in enumerate(infos.get("final_info", (None, None))):
+        lengths[i] += 1
+        assert (info is not None) == terminations[i]
+        if info is not None:
+            assert info["episode"]["l"] == [lengths[i]] == info["episode"]["r"]
+            pole = abs(infos["final_observation"][i][2])
+            assert pole > 0.2 > abs(obs[i][2])  # it has fallen, and the next episode has begun
+            lengths[i] = 0
+            wandb.log({"episodes": 1})
+"""
+
+
+def turn_of(side, script=""):
+    """What throughput.py measures in one short turn of a peer."""
+    import throughput
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder, "checkout", "cleanrl")
+        checkout.mkdir(parents=True)
+        (checkout / "dqn.py").write_text(script)
+        args = argparse.Namespace(threads=1, warm_up=0.1, seconds=0.3, leanrl=None)
+        args.task, args.cleanrl = "cartpole", str(checkout.parent)
+        return throughput.time_peer(args, side, folder)
+
+
+def test_a_turn_of_a_script_for_gymnasium_0(monkeypatch):
+    """Its steps and its episodes are those of the environments; a failure is one line."""
+    import throughput
+
+    task = {"env_id": "CartPole-v1", "learning_starts": 100}
+    monkeypatch.setitem(throughput.TASKS, "cartpole", task)
+    assert turn_of("CleanRL num_envs=2", OLD_SCRIPT) > 100
+    with pytest.raises(throughput.TurnFailed, match="AssertionError"):
+        turn_of("CleanRL num_envs=2", OLD_SCRIPT.replace("pole > 0.2", "pole > 2"))
+
+
+@pytest.mark.parametrize(
+    "side, module",
+    [
+        ("Stable-Baselines3 num_envs=2", "stable_baselines3"),
+        ("Stable-Baselines3 algorithm=QRDQN n_quantiles=5", "sb3_contrib"),
+        ("Tianshou num_envs=2", "tianshou"),
+        ("Tianshou algorithm=C51", "tianshou"),
+        ("Tianshou algorithm=QRDQN n_quantiles=5", "tianshou"),
+    ],
+)
+def test_a_turn_of_a_library(side, module):
+    pytest.importorskip(module)
+    assert turn_of(side) > 10
 
 
 def frames_rows():
