@@ -832,7 +832,7 @@ wandb.init(project="no one logs this")
 make_env = lambda: gym.wrappers.RecordEpisodeStatistics(gym.make("CartPole-v1"))
 envs = gym.vector.SyncVectorEnv([make_env] * 2)
 envs.reset(seed=1)
-lengths, last = [0, 0], None
+lengths = [0, 0]
 while True:
     obs, rewards, terminations, truncations, infos = envs.step(envs.action_space.sample())
     assert ("final_info" in infos) == (terminations | truncations).any()
