@@ -20,7 +20,7 @@ from test_run import flags, small
 client = pytest.importorskip("jupyter_client")
 pytest.importorskip("ipykernel")
 
-SHORT = small("dqn_cartpole") | {"total_timesteps": 1500, "eval_frequency": 0}
+SHORT = small("dqn_cartpole") | {"total_timesteps": 8000, "eval_frequency": 0}  # > 1 second
 ENDLESS = SHORT | {"total_timesteps": 10**8, "checkpoint_frequency": 0}
 STATE = "[signal.getsignal(n) for n in (2, 15)], sys.stdout, sys.stderr, threading.excepthook"
 
@@ -73,8 +73,8 @@ def test_a_cell_trains_with_a_progress_bar(how, notebook):
     """Also the second time in the same kernel."""
     text = notebook.script(how, SHORT)
     assert re.search(r"evaluated: \d+\.\d \+- \d+\.\d in 3 episodes", text), text
-    shown = re.findall(r"(\d+)/1500 \[", text)
-    assert len(set(shown)) > 2 and shown[-1] == "1500", "0, 1500 and steps between them"
+    shown = re.findall(r"(\d+)/8000 \[", text)
+    assert len(set(shown)) > 2 and shown[-1] == "8000", "0, 8000 and steps between them"
     assert "Error" not in text and "Exit" not in text
 
 
@@ -130,6 +130,6 @@ def test_a_film_is_shown_by_one_line(notebook):
     pytest.importorskip("moviepy")
     options = SHORT | {"capture_video": True, "eval_episodes": 1, "exp_name": "filmed"}
     notebook.script("%run", options)
-    path = next(notebook.folder.glob("runs/*filmed*/videos/step-1500.mp4"))
+    path = next(notebook.folder.glob("runs/*filmed*/videos/step-8000.mp4"))
     shown = notebook.cell(f"IPython.display.Video({str(path)!r}, embed=True)")
     assert "<video" in shown and 'src="data:video/mp4;base64,' in shown
