@@ -321,6 +321,11 @@ def ratio(stores, key):
     return median(ours / theirs for ours, theirs in turns)
 
 
+def ratio_of_fastest(stores, key):
+    """Tiles' fastest turn to plain's."""
+    return min(stores["tiles"][key]) / min(stores["plain"][key])
+
+
 def summary_of(parts):
     """Bytes a frame, and tiles' time of float32 samples to plain's, in one line."""
     if "turns" not in parts:
@@ -335,8 +340,15 @@ def report_of(rows, args):
     lines, names = ["# Frame stores on real games"], []
     if args.frames:
         found = [(game, how, parts["turns"]["stores"]) for game, how, parts in rows]
-        head = f"{args.frames:,} frames a row, one thread, {args.turns} turns; times in "
-        lines += ["", f"{head}microseconds.", "", *stores_table(found)]
+        lines += ["", f"{args.frames:,} frames a row, one thread.", "", *memory_table(found)]
+        lines += [
+            "",
+            f"Samples of tiles and of plain frames, in microseconds: {args.turns} turns, ",
+        ]
+        lines[-1] += "medians of their times and of their ratios:"
+        lines += ["", *samples_table(found, median, ratio)]
+        lines += ["", "The fastest turn of each, which other programs disturb least:"]
+        lines += ["", *samples_table(found, min, ratio_of_fastest)]
         names = [name for name in found[0][2] if name not in ("plain", "tiles")]
     if names:
         lines += [
@@ -351,25 +363,47 @@ def report_of(rows, args):
     return "\n".join(lines) + "\n"
 
 
-def stores_table(rows):
-    """Plain beside tiles, and the medians over the rows."""
-    keys = [f"{output} {n}" for output in FORMATS for n in SIZES]
-    head = ["game", "play", "bytes a frame: plain", "tiles"]
-    head += ["adds a CPU second: plain", "tiles"]
-    head += [f"sample({key.split()[1]}), {key.split()[0]}: plain, tiles, ratio" for key in keys]
-    lines = [table_row(head), table_row(["---", "---", *["---:"] * (len(head) - 2)])]
+def memory_table(rows):
+    """Bytes a frame and adds of plain frames and tiles."""
+    head = ["game", "play", "bytes a frame: plain", "tiles", "adds a CPU second: plain", "tiles"]
+    lines = [table_row(head), table_row(["---", "---", *["---:"] * 4])]
     for game, how, stores in rows:
         both = stores["plain"], stores["tiles"]
-        cells = [game, how, *(f"{store['bytes']:,.0f}" for store in both)]
-        cells += [f"{store['adds']:,.0f}" for store in both]
+        cells = [f"{store[x]:,.0f}" for x in ("bytes", "adds") for store in both]
+        lines.append(table_row([game, how, *cells]))
+    for how, found in by_play(rows):
+        cell = f"{median(stores['tiles']['bytes'] for stores in found):,.0f}"
+        lines.append(table_row([f"median of {len(found)}", how, "", cell, "", ""]))
+    return lines
+
+
+def samples_table(rows, time_of, ratio_of):
+    """Times of samples; below, the medians of the ratios, and how many are at most 1."""
+    keys = [f"{output} {n}" for output in FORMATS for n in SIZES]
+    head = [f"sample({key.split()[1]}), {key.split()[0]}: plain, tiles, ratio" for key in keys]
+    head = ["game", "play", *head]
+    lines = [table_row(head), table_row(["---", "---", *["---:"] * len(keys)])]
+    for game, how, stores in rows:
+        cells = [game, how]
         for key in keys:
-            cells.append(", ".join(f"{microseconds(store[key]):.0f}" for store in both))
-            cells[-1] += f", {ratio(stores, key):.2f}"
+            times = [f"{time_of(stores[name][key]) * 1e6:.0f}" for name in ("plain", "tiles")]
+            cells.append(", ".join([*times, f"{ratio_of(stores, key):.2f}"]))
         lines.append(table_row(cells))
-    cells = [median(stores["tiles"]["bytes"] for *_, stores in rows)]
-    cells = ["median", "", "", f"{cells[0]:,.0f}", "", ""]
-    cells += [f"{median(ratio(stores, key) for *_, stores in rows):.2f}" for key in keys]
-    return [*lines, table_row(cells)]
+    for how, found in by_play(rows):
+        cells, counts = [f"median of {len(found)}", how], ["at most 1.00", how]
+        for key in keys:
+            ratios = [ratio_of(stores, key) for stores in found]
+            cells.append(f"{median(ratios):.2f}")
+            counts.append(f"{sum(x <= 1 for x in ratios)} of {len(found)}")
+        lines += [table_row(cells), table_row(counts)]
+    return lines
+
+
+def by_play(rows):
+    """[(how, stores of each of its games)], of those with several games"""
+    plays = dict.fromkeys(how for _, how, _ in rows)
+    groups = [(play, [stores for _, how, stores in rows if how == play]) for play in plays]
+    return [(how, found) for how, found in groups if len(found) > 1]
 
 
 def compressors_table(found, names):

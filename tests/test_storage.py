@@ -110,6 +110,7 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     grew = point["growing add us"]  # the first tiles and the first chunks began a segment each
     assert 1 <= len(grew) <= 3 and max(grew) <= point["add us"][2] + 1e-6
     page = storage.report_of(rows, args)
+    assert page.count("| median of 2 | sticky |") == 3 and page.count("| at most 1.00 |") == 2
     assert (
         f"| Pong | sticky | {stores['plain']['bytes']:,.0f} | {stores['tiles']['bytes']:,.0f} |"
         in page
@@ -117,7 +118,21 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     assert "| Breakout | sticky | 2,000 |" in page
     stores["tiles"]["uint8 32"] = [2.0, 3.0, 8.0]
     stores["plain"]["uint8 32"] = [4.0, 2.0, 8.0]
-    assert storage.ratio(stores, "uint8 32") == 1.0
+    assert storage.ratio(stores, "uint8 32") == storage.ratio_of_fastest(stores, "uint8 32") == 1
+    plays = "sticky", "random", "trained"  # no medians of one game
+    found = [("Pong", how, stores) for how in (*plays, *plays[:2])]
+    for time_of, ratio_of, time in (
+        (storage.median, storage.ratio, "4000000, 3000000, 1.00"),
+        (min, storage.ratio_of_fastest, "2000000, 2000000, 1.00"),
+    ):
+        table = storage.samples_table(found, time_of, ratio_of)
+        assert table[2].split(" | ")[4] == time
+        assert [row.split(" | ")[:2] for row in table[7:]] == [
+            [f"| {name}", how]
+            for how in ("sticky", "random")
+            for name in ("median of 2", "at most 1.00")
+        ]
+        assert all("| 2 of 2 |" in row for row in table[8::2])
     pytest.importorskip("matplotlib")
     assert len(storage.figure_of(rows).axes[0].patches) == 2
     # --frames 0: growth alone
