@@ -86,6 +86,11 @@ void TileDictionary::split() {
     ++level_;
     split_ = 0;
   }
+  // What later calls read: the first tile of a bucket, and before that the bucket.
+  const uint32_t first = head(split_ + 4) & kIdMask;
+  prefetch(first);
+  __builtin_prefetch(&next(first));
+  __builtin_prefetch(&head(split_ + 16));
 }
 
 uint32_t TileDictionary::acquire(const uint8_t* pixels, uint64_t hash, bool& is_new) {
