@@ -46,6 +46,48 @@ struct AnyTiles {
   const TileShape& shape;
 };
 
+// Packs a tile of a frame.
+template <typename Tiles>
+void pack_tile(const Tiles& tiles, const uint8_t* from, uint8_t* pixels) {
+  const int columns = tiles.columns();
+  for (int row = 0; row < tiles.rows(); ++row, from += tiles.width(), pixels += columns) {
+    if (columns >= kLeastTileRow) {
+      copy_word(from, pixels);
+      copy_word(from + columns - 8, pixels + columns - 8);
+    } else {
+      for (int i = 0; i < columns; ++i) pixels[i] = from[i];
+    }
+  }
+}
+
+// Whether two frames are equal in the tile at this place.
+template <typename Tiles>
+bool same_tile(const Tiles& tiles, const uint8_t* a, const uint8_t* b) {
+  const int columns = tiles.columns();
+  for (int row = 0; row < tiles.rows(); ++row, a += tiles.width(), b += tiles.width()) {
+    if (columns < kLeastTileRow) {
+      if (std::memcmp(a, b, static_cast<size_t>(columns)) != 0) return false;
+    } else if (!same_word(a, b) || !same_word(a + columns - 8, b + columns - 8)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// memcmp() without a call, which few bytes are not worth.
+bool same_bytes(const uint8_t* a, const uint8_t* b, int64_t n) {
+  uint64_t differs = 0;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    uint64_t first, second;
+    std::memcpy(&first, a + i, 8);
+    std::memcpy(&second, b + i, 8);
+    differs |= first ^ second;
+  }
+  for (; i < n; ++i) differs |= a[i] ^ b[i];
+  return differs == 0;
+}
+
 // Writes a tile.
 template <typename Tiles>
 void put_tile(const Tiles& tiles, const uint8_t* pixels, uint8_t* out) {
@@ -198,50 +240,28 @@ void TileStore::begin(Game& game, Chunk& open, int frame_index) {
   game.new_tiles = 0;
 }
 
-// Packs the tile at an offset of a frame.
-void TileStore::pack(const uint8_t* frame, int64_t offset, uint8_t* pixels) const {
-  const uint8_t* from = frame + offset;
-  for (int row = 0; row < shape_.rows; ++row, from += shape_.width, pixels += shape_.columns) {
-    if (shape_.columns >= kLeastTileRow) {
-      copy_word(from, pixels);
-      copy_word(from + shape_.columns - 8, pixels + shape_.columns - 8);
-    } else {
-      for (int i = 0; i < shape_.columns; ++i) pixels[i] = from[i];
-    }
-  }
-}
-
-// Whether two frames are equal in the tile at this place.
-static bool same_tile(const TileShape& shape, const uint8_t* a, const uint8_t* b) {
-  for (int row = 0; row < shape.rows; ++row, a += shape.width, b += shape.width) {
-    if (shape.columns < kLeastTileRow) {
-      if (std::memcmp(a, b, static_cast<size_t>(shape.columns)) != 0) return false;
-    } else if (!same_word(a, b) || !same_word(a + shape.columns - 8, b + shape.columns - 8)) {
-      return false;
-    }
-  }
-  return true;
-}
-
 // Collects the tiles of a frame that differ from the last frame, or all of them without has_ids, in
 // changed_. Returns their number.
-int64_t TileStore::find_changed(const Game& game, const uint8_t* frame) {
+template <typename Tiles>
+int64_t TileStore::find_changed(const Tiles& tiles, const Game& game, const uint8_t* frame) {
+  // Copies, because the compiler would load the members again after each write.
+  const bool has_last = game.has_ids;
+  const uint8_t* const last = game.last.data();
+  const int64_t* offset = offsets_.data();
+  Changed* const changed = changed_.data();
+  const int64_t strip_bytes = tiles.rows() * tiles.width();
   int64_t n = 0;
-  const size_t strip_bytes = static_cast<size_t>(shape_.rows * shape_.width);
-  for (int64_t y = 0; y < shape_.down; ++y) {
-    const int64_t first = y * shape_.across;
-    const int64_t strip = offsets_[static_cast<size_t>(first)];
-    if (game.has_ids && std::memcmp(frame + strip, &game.last[size_t(strip)], strip_bytes) == 0) {
-      continue;
-    }
-    for (int64_t position = first; position < first + shape_.across; ++position) {
-      const int64_t offset = offsets_[static_cast<size_t>(position)];
-      if (game.has_ids && same_tile(shape_, frame + offset, &game.last[size_t(offset)])) continue;
-      Changed& changed = changed_[static_cast<size_t>(n++)];
-      changed.position = static_cast<int32_t>(position);
-      pack(frame, offset, changed.pixels);
-      changed.hash = TileDictionary::hash_of(changed.pixels);
-      dictionary_.prefetch_bucket(changed.hash);
+  for (int64_t y = 0; y < tiles.down(); ++y, offset += tiles.across()) {
+    const int64_t strip = *offset;
+    if (has_last && same_bytes(frame + strip, last + strip, strip_bytes)) continue;
+    for (int64_t x = 0; x < tiles.across(); ++x) {
+      const int64_t at = offset[x];
+      if (has_last && same_tile(tiles, frame + at, last + at)) continue;
+      Changed& tile = changed[n++];
+      tile.position = static_cast<int32_t>(y * tiles.across() + x);
+      pack_tile(tiles, frame + at, tile.pixels);
+      tile.hash = TileDictionary::hash_of(tile.pixels);
+      dictionary_.prefetch_bucket(tile.hash);
     }
   }
   return n;
@@ -253,7 +273,9 @@ bool TileStore::code(Game& game, Chunk& open, int frame_index, const uint8_t* fr
   constexpr int64_t kAhead = 8;
   uint8_t* const chunk = game.buffer.get();
   const bool keyframe = frame_index == open.first, had_ids = game.has_ids;
-  const int64_t n = find_changed(game, frame);
+  const int64_t n = shape_.height == 84 && shape_.width == 84
+                        ? find_changed(Tiles84x84(shape_), game, frame)
+                        : find_changed(AnyTiles(shape_), game, frame);
   game.has_ids = false;
   for (int64_t i = 0; i < n; ++i) {
     if (i + kAhead < n) dictionary_.prefetch_first(changed_[size_t(i + kAhead)].hash);

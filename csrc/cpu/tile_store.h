@@ -150,8 +150,8 @@ class TileStore {
   void begin(Game& game, Chunk& chunk, int frame_index);
   void make_raw(Game& game, Chunk& chunk, int frames_end);
   void drop_overwritten();
-  void pack(const uint8_t* frame, int64_t offset, uint8_t* pixels) const;
-  int64_t find_changed(const Game& game, const uint8_t* frame);
+  template <typename Tiles>
+  int64_t find_changed(const Tiles& tiles, const Game& game, const uint8_t* frame);
   template <typename Visit>
   void each_id(const Chunk& chunk, Visit visit) const;
   void read_chunk(const Chunk& chunk, int first, int n, uint8_t* out) const;
