@@ -234,7 +234,19 @@ def measure_turns(game, how, args):
                 times.append(time.perf_counter() - begin)
             found[f"uint8 {n}"] = times
         result["stores"][key] = found
+    result["copy"] = {n: seconds_to_copy(n, args) for n in SIZES}
     return result
+
+
+def seconds_to_copy(n, args):
+    """The fastest copy of the five frames of n transitions: a bound for every store."""
+    source, times = np.ones((n, 5, 84, 84), np.uint8), []
+    target = np.zeros_like(source)
+    for _ in range(5 * args.turns):
+        begin = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def sample_in_turns(plain, tiles, args):
@@ -357,6 +369,12 @@ def report_of(rows, args):
         ]
         lines[-1] += "ratio to plain:"
         lines += ["", *compressors_table([stores for *_, stores in found], names)]
+        copies = [median(parts["turns"]["copy"][str(n)] for *_, parts in rows) for n in SIZES]
+        times = " and ".join(f"{seconds * 1e6:.0f} us" for seconds in copies)
+        lines += [
+            "",
+            f"Copying the frames of such a batch from one array to another takes {times}.",
+        ]
     if args.growth:
         lines += ["", f"Tiles alone, up to {args.growth:,} frames; an add is a row of {NUM_ENVS}:"]
         lines += ["", *growth_table(rows)]
