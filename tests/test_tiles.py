@@ -5,10 +5,12 @@ tiles on a GPU. tile_store_test.cpp, which this file compiles
 and runs, tests the C++ class alone, also with a hash of 3 bits.
 """
 
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +354,35 @@ def test_frames_of_games_are_compact_and_exact():
         assert data < plain._frames.nbytes / (6 if name == "enduro" else 20)
 
 
+def huge_bytes():
+    """Bytes of this process that lie on huge pages."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
+
+
+def test_tiles_lie_on_huge_pages():
+    """Samples would take some 8% longer on small ones, until the kernel merges them."""
+    size = 2**21
+    probe = mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE) if sys.platform == "linux" else None
+    before = huge_bytes() if probe else 0
+    try:
+        probe.write(bytes(2 * size))
+        probe.madvise(25)  # MADV_COLLAPSE
+    except (AttributeError, OSError):
+        pytest.skip("needs Linux 6.1 with huge pages")
+    if huge_bytes() < before + size:
+        pytest.skip("the kernel has no huge page left")
+    before, replay = huge_bytes(), FrameReplay(40_000, (84, 84), storage="tiles")
+    for _, row in zip(range(1000), rows_of(noise, (84, 84), 1)):
+        replay.add(*row)
+    segments = replay.nbytes // size
+    assert segments >= 2
+    end = time.monotonic() + 10
+    while huge_bytes() < before + (segments - 1) * size and time.monotonic() < end:
+        time.sleep(0.01)
+    assert huge_bytes() >= before + (segments - 1) * size
+
+
 @pytest.mark.parametrize("bits", [64, 3])
 def test_random_operations_on_the_store(tmp_path, bits):
     """Millions of operations beside plain frames, and with 3 bits of hash: tiles always collide."""
@@ -359,7 +390,14 @@ def test_random_operations_on_the_store(tmp_path, bits):
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "tile_store_test"
-    command = [compiler, "-std=c++17", "-O1", f"-DFR_TILE_HASH_BITS={bits}", f"-I{ROOT / 'csrc'}"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-pthread",
+        f"-DFR_TILE_HASH_BITS={bits}",
+        f"-I{ROOT / 'csrc'}",
+    ]
     sources = [ROOT / "tests" / "tile_store_test.cpp", *(ROOT / "csrc" / "cpu").glob("tile_*.cpp")]
     sources += [ROOT / "csrc" / "cpu" / "huge_pages.cpp"]
     flags = os.environ.get("CFLAGS", "").split()

@@ -2,11 +2,32 @@
 
 #include <new>
 
-#ifdef __unix__
+#ifdef __linux__
 #include <sys/mman.h>
+
+#include <system_error>
+#include <thread>
 #endif
 
 namespace fastreplay {
+namespace {
+
+// Merges the small pages of this memory into huge ones, in a thread of its own. If the memory is
+// freed meanwhile, nothing happens, or other pages of the process are merged.
+void merge_pages(void* memory, int64_t bytes) {
+#ifdef __linux__
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older kernels refuse it
+  try {
+    std::thread([=] { (void)madvise(memory, static_cast<size_t>(bytes), kCollapse); }).detach();
+  } catch (const std::system_error&) {  // no thread: the kernel merges them some time later
+  }
+#else
+  (void)memory;
+  (void)bytes;
+#endif
+}
+
+}  // namespace
 
 bool use_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -32,6 +53,7 @@ Memory allocate(int64_t bytes) {
   if (huge) {
     for (int64_t page = 0; page < whole; page += kHugePage) owner.get()[page] = 0;
     use_huge_pages(memory, whole);
+    merge_pages(memory, whole);
   }
   return owner;
 }
