@@ -67,7 +67,8 @@ def extensions(nvcc):
     ]
     if nvcc:
         sources = [*glob("csrc/cuda/*.cu"), "csrc/python/cuda_bindings.cpp", *python]
-        sources += [*glob("csrc/cpu/tile_*.cpp"), "csrc/cpu/huge_pages.cpp"]
+        sources += glob("csrc/cpu/tile_*.cpp")
+        sources += ["csrc/cpu/huge_pages.cpp", "csrc/cpu/instructions.cpp"]
         built.append(
             Extension(
                 "fastreplay._cuda", sources=sorted(sources), depends=sorted(headers), **common

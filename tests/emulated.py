@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 SOURCES += [CSRC / "python" / "cuda_bindings.cpp", CSRC / "python" / "tensor_view.cpp"]
-SOURCES += [*sorted(CSRC.glob("cpu/tile_*.cpp")), CSRC / "cpu" / "huge_pages.cpp"]
+SOURCES += sorted(CSRC.glob("cpu/tile_*.cpp"))
+SOURCES += [CSRC / "cpu" / "huge_pages.cpp", CSRC / "cpu" / "instructions.cpp"]
 
 
 def build(folder):
@@ -43,7 +44,12 @@ def build(folder):
     flags += os.environ.get("CFLAGS", "").split()
     link = os.environ.get("LDFLAGS", "").split()
     digest = hashlib.sha256(" ".join([compiler, sys.version, *flags, *link]).encode())
-    headers = (*CSRC.glob("*/*.*h"), *CSRC.glob("*/*.h"), *ROOT.glob("tests/cuda_*/*"))
+    headers = (
+        *CSRC.glob("*/*.*h"),
+        *CSRC.glob("*/*.h"),
+        *CSRC.glob("*/*.inl"),
+        *ROOT.glob("tests/cuda_*/*"),
+    )
     for file in sorted({*SOURCES, *headers}):
         digest.update(file.read_bytes())
     module = Path(folder) / digest.hexdigest()[:16] / "_cuda.so"

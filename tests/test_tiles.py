@@ -399,7 +399,7 @@ def test_random_operations_on_the_store(tmp_path, bits):
         f"-I{ROOT / 'csrc'}",
     ]
     sources = [ROOT / "tests" / "tile_store_test.cpp", *(ROOT / "csrc" / "cpu").glob("tile_*.cpp")]
-    sources += [ROOT / "csrc" / "cpu" / "huge_pages.cpp"]
+    sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("huge_pages", "instructions")]
     flags = os.environ.get("CFLAGS", "").split()
     subprocess.run([*command, *flags, *sources, "-o", program], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}

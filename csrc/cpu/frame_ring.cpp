@@ -204,15 +204,19 @@ void FrameRing::write_stack_of_tiles(int64_t game, int64_t slot, int depth, int 
   tiles_->read(game, first < 0 ? first + layout_.rows : first, depth + 1, out + blanks);
 }
 
-void FrameRing::gather_one(int64_t index, int64_t next, const FrameOutput& format,
-                           const BatchMemory& batch, int64_t sample) const {
+void FrameRing::gather_one(int64_t index, int64_t next, int64_t after_next,
+                           const FrameOutput& format, const BatchMemory& batch,
+                           int64_t sample) const {
   __builtin_prefetch(memory_.flags + next);
   __builtin_prefetch(memory_.actions + next);
   __builtin_prefetch(memory_.rewards + next);
   // The stack of `next` usually begins at this row.
   const int64_t oldest = std::max<int64_t>(next - layout_.stack + 1, 0);
   const uint8_t* next_frames = memory_.frames + oldest * layout_.frame_bytes;
-  if (tiles_ != nullptr) tiles_->prefetch(next / layout_.rows, next % layout_.rows);
+  if (tiles_ != nullptr) {
+    tiles_->prefetch(after_next / layout_.rows, after_next % layout_.rows);
+    tiles_->prefetch_rest(next / layout_.rows, next % layout_.rows);
+  }
 
   const int64_t game = index / layout_.rows, slot = index % layout_.rows;
   const Ring ring = this->ring(game);
@@ -252,8 +256,9 @@ void FrameRing::gather(const int64_t* indices, int64_t n, const FrameOutput& for
   const int threads = threads_ > 0 ? threads_ : openmp_threads();
   const bool alone = threads <= 1 || n < 2 || bytes < kThreadedBytes;
   const int64_t step = alone ? 1 : threads;  // to the probable next sample of this thread
+  const auto index = [&](int64_t i) { return indices[std::min(i, n - 1)]; };
   const auto work = [&](int64_t i) {
-    gather_one(indices[i], indices[i + step < n ? i + step : i], format, batch, i);
+    gather_one(indices[i], index(i + step), index(i + 2 * step), format, batch, i);
   };
   if (alone) {
     for (int64_t i = 0; i < n; ++i) work(i);

@@ -85,9 +85,10 @@ class FrameRing {
   }
   // Recomputes kDrawable of a row. If it has changed, adds the row and its new leaf to changed_.
   void refresh(int64_t game, int64_t slot);
-  // Writes one sample. Prefetches row `next`, the one this thread will probably gather next.
-  void gather_one(int64_t index, int64_t next, const FrameOutput& format, const BatchMemory& batch,
-                  int64_t sample) const;
+  // Writes one sample. Prefetches rows `next` and `after_next`, the ones this thread will probably
+  // gather next.
+  void gather_one(int64_t index, int64_t next, int64_t after_next, const FrameOutput& format,
+                  const BatchMemory& batch, int64_t sample) const;
   // Writes `frames` frames: first frames of zeros, then those of the rows slot - depth to slot.
   // Prefetches the memory at `next`.
   void write_stack(int64_t game, int64_t slot, int depth, int frames, const uint8_t* next,

@@ -4,11 +4,19 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#include "cpu/instructions.h"
 
 namespace fastreplay {
 namespace {
 
 constexpr int64_t kLeastTiles = 4096;
+
+// Bytes of a chunk that prefetch() takes: more than a keyframe of 84x84 has.
+constexpr int64_t kPrefetched = 896;
+// Changes of the frames after the first one that prefetch_rest() takes.
+constexpr int64_t kChangesAfter = 64;
 
 // Rows of 8 to 14 bytes are copied as two words that overlap.
 void copy_word(const uint8_t* from, uint8_t* to) {
@@ -34,6 +42,7 @@ struct Tiles84x84 {
   static int64_t width() { return kWidth; }
   static int64_t across() { return kAcross; }
   static int64_t down() { return kDown; }
+  static int64_t bytes() { return 84 * kWidth; }
 };
 
 struct AnyTiles {
@@ -43,6 +52,7 @@ struct AnyTiles {
   int64_t width() const { return shape.width; }
   int64_t across() const { return shape.across; }
   int64_t down() const { return shape.down; }
+  int64_t bytes() const { return shape.frame_bytes(); }
   const TileShape& shape;
 };
 
@@ -88,46 +98,21 @@ bool same_bytes(const uint8_t* a, const uint8_t* b, int64_t n) {
   return differs == 0;
 }
 
-// Writes a tile.
-template <typename Tiles>
-void put_tile(const Tiles& tiles, const uint8_t* pixels, uint8_t* out) {
-  const int columns = tiles.columns();
-  for (int row = 0; row < tiles.rows(); ++row, pixels += columns, out += tiles.width()) {
-    if (columns >= kLeastTileRow) {
-      copy_word(pixels, out);
-      copy_word(pixels + columns - 8, out + columns - 8);
-    } else {
-      for (int i = 0; i < columns; ++i) out[i] = pixels[i];
-    }
-  }
-}
+namespace plain {
+#define FR_TARGET
+#include "cpu/tile_kernels.inl"
+#undef FR_TARGET
+}  // namespace plain
 
-// Writes a frame. Rows of tiles are copied as 16 bytes, of which the tile after any row has enough,
-// and the tile to the right overwrites the excess. Where they do not fit into the frame's row, they
-// are copied exactly.
-template <typename Tiles>
-void write_frame(const TileDictionary& dictionary, const Tiles& tiles, const int64_t* offsets,
-                 const uint32_t* ids, uint8_t* out) {
-  constexpr int64_t kStripsAhead = 8;
-  const int64_t across = tiles.across();
-  for (int64_t y = 0; y < tiles.down(); ++y, ids += across, offsets += across) {
-    if (y + kStripsAhead < tiles.down()) {
-      for (int64_t x = 0; x < across; ++x) dictionary.prefetch(ids[x + kStripsAhead * across]);
-    }
-    for (int64_t x = 0; x < across; ++x) {
-      const int64_t column = std::min(x * tiles.columns(), tiles.width() - tiles.columns());
-      const uint8_t* const pixels = dictionary.pixels(ids[x]);
-      uint8_t* const to = out + offsets[0] + column;
-      if (column + 16 > tiles.width()) {
-        put_tile(tiles, pixels, to);
-        continue;
-      }
-      for (int row = 0; row < tiles.rows(); ++row) {
-        std::memcpy(to + row * tiles.width(), pixels + row * tiles.columns(), 16);
-      }
-    }
-  }
-}
+#ifdef FR_X86
+namespace avx512 {
+#define FR_TARGET FR_TARGET_AVX512
+#define FR_MASKS 1
+#include "cpu/tile_kernels.inl"
+#undef FR_TARGET
+#undef FR_MASKS
+}  // namespace avx512
+#endif
 
 // Ids of one frame, for each thread.
 uint32_t* ids_of_thread(int64_t positions) {
@@ -371,8 +356,24 @@ void TileStore::prefetch(int64_t game, int64_t slot) const {
   const int64_t place = this->place(game, row_in(slot));
   const Chunk& chunk = this->chunk(games_[static_cast<size_t>(game)], place / kChunkFrames);
   const int64_t at = chunk.raw ? (place % kChunkFrames - chunk.first) * frame_bytes() : 0;
-  const int64_t end = std::min(at + 1024, chunk.bytes);
+  const int64_t end = std::min(at + kPrefetched, chunk.bytes);
   for (int64_t byte = at; byte < end; byte += 64) __builtin_prefetch(chunk.data + byte);
+}
+
+void TileStore::prefetch_rest(int64_t game, int64_t slot) const {
+  const int64_t place = this->place(game, row_in(slot));
+  const Chunk& chunk = this->chunk(games_[static_cast<size_t>(game)], place / kChunkFrames);
+  if (chunk.raw) return;  // read in order: the processor prefetches it
+  const int64_t n = count_changes(chunk, static_cast<int>(place % kChunkFrames)) + kChangesAfter;
+  const int64_t end = std::min(layout_.changes + n * layout_.change_bytes, chunk.bytes);
+  for (int64_t byte = kPrefetched; byte < end; byte += 64) __builtin_prefetch(chunk.data + byte);
+}
+
+// Changes from the keyframe up to this frame of a coded chunk.
+int64_t TileStore::count_changes(const Chunk& chunk, int frame) const {
+  int64_t changed = 0;
+  for (int f = 0; f <= frame; ++f) changed += layout_.changed(chunk.data, f);
+  return changed;
 }
 
 // Writes n frames from the `first` one that the chunk holds.
@@ -383,48 +384,27 @@ void TileStore::read_chunk(const Chunk& chunk, int first, int n, uint8_t* out) c
     return;
   }
   first += chunk.first;
-  if (shape_.height == 84 && shape_.width == 84) {
-    read_coded(Tiles84x84(shape_), chunk, first, n, out);
-  } else {
-    read_coded(AnyTiles(shape_), chunk, first, n, out);
-  }
-}
-
-template <typename Tiles>
-void TileStore::read_coded(const Tiles& tiles, const Chunk& chunk, int first, int n,
-                           uint8_t* out) const {
-  // Copies, because the compiler would load the members again after each write to `out`.
-  const ChunkLayout layout = layout_;
-  const int64_t* const offsets = offsets_.data();
-  const int64_t bytes = frame_bytes();
-  uint32_t* const ids = ids_of_thread(layout.positions);
-  const uint8_t* change = load_ids(chunk, first, ids);
-  const uint8_t* ahead = change;
-  const auto prefetch_changed = [&](int frame) {
-    if (frame == first + n) return;
-    for (int64_t left = layout.changed(chunk.data, frame); left > 0; --left) {
-      dictionary_.prefetch(ChunkLayout::id_at(ahead));
-      ahead += layout.change_bytes;
-    }
+  uint32_t* const ids = ids_of_thread(layout_.positions);
+  const uint8_t* const changes = load_ids(chunk, first, ids);
+  const auto write = [&](const auto& tiles, auto write_frames) {
+    const int64_t* const offsets = offsets_.data();
+    write_frames(dictionary_, tiles, layout_, offsets, chunk.data, first, n, ids, changes, out);
   };
-  prefetch_changed(first + 1);
-  write_frame(dictionary_, tiles, offsets, ids, out);
-  for (int frame = first + 1; frame < first + n; ++frame, out += bytes) {
-    prefetch_changed(frame + 1);
-    std::memcpy(out + bytes, out, static_cast<size_t>(bytes));
-    for (int64_t left = layout.changed(chunk.data, frame); left > 0; --left) {
-      const int64_t offset = offsets[layout.position_at(change)];
-      put_tile(tiles, dictionary_.pixels(ChunkLayout::id_at(change)), out + bytes + offset);
-      change += layout.change_bytes;
-    }
+  if (shape_.height != 84 || shape_.width != 84) {
+    write(AnyTiles(shape_), plain::write_frames<AnyTiles>);
+#ifdef FR_X86
+  } else if (instruction_set() == InstructionSet::kAvx512) {
+    write(Tiles84x84(shape_), avx512::write_frames<Tiles84x84>);
+#endif
+  } else {
+    write(Tiles84x84(shape_), plain::write_frames<Tiles84x84>);
   }
 }
 
 // The ids of a frame of a coded chunk. Returns where the changes of the next frame begin.
 const uint8_t* TileStore::load_ids(const Chunk& chunk, int frame, uint32_t* ids) const {
   layout_.load_keys(chunk.data, ids);
-  int64_t changed = 0;
-  for (int f = 0; f <= frame; ++f) changed += layout_.changed(chunk.data, f);
+  int64_t changed = count_changes(chunk, frame);
   const uint8_t* change = chunk.data + layout_.changes;
   if (layout_.count_bytes == 1) {
     for (; changed >= 4; changed -= 4, change += 16) {  // unrolled by hand

@@ -58,8 +58,9 @@ class TileStore {
 
   // Writes n stored frames of a game, from the one in `slot` on, to `out`, one after the other.
   void read(int64_t game, int64_t slot, int n, uint8_t* out) const;
-  // Prefetches what read() of this slot begins with.
+  // Prefetch what read() of this slot begins with, and, when that has come, what it goes on with.
   void prefetch(int64_t game, int64_t slot) const;
+  void prefetch_rest(int64_t game, int64_t slot) const;
 
   // The chunks of a game that are stored, oldest first: the bytes of each one, negative if it is
   // raw, and all their bytes one after the other.
@@ -155,8 +156,7 @@ class TileStore {
   template <typename Visit>
   void each_id(const Chunk& chunk, Visit visit) const;
   void read_chunk(const Chunk& chunk, int first, int n, uint8_t* out) const;
-  template <typename Tiles>
-  void read_coded(const Tiles& tiles, const Chunk& chunk, int first, int n, uint8_t* out) const;
+  int64_t count_changes(const Chunk& chunk, int frame) const;
   const uint8_t* load_ids(const Chunk& chunk, int frame, uint32_t* ids) const;
   void check_chunk(const Chunk& chunk, int last, int64_t n_tiles) const;
 
