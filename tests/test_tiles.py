@@ -5,12 +5,10 @@ tiles on a GPU. tile_store_test.cpp, which this file compiles
 and runs, tests the C++ class alone, also with a hash of 3 bits.
 """
 
-import mmap
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +205,13 @@ def test_repeating_frames_take_a_thirtieth():
     assert replay.nbytes - 2 * 2**21 < 20_000 * 7056 / 30
 
 
+def run_code(code):
+    """Runs Python code that imports this file."""
+    paths = [str(Path(fastreplay.__file__).parent.parent), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is Linux's")
 def test_add_changes_nothing_when_memory_runs_out():
     code = """if True:
@@ -234,9 +239,7 @@ def test_add_changes_nothing_when_memory_runs_out():
             for replay in (plain, tiles):
                 replay.add(*row)
     """
-    paths = [str(Path(fastreplay.__file__).parent.parent), str(Path(__file__).parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    run = run_code(code)
     assert run.returncode == 0, run.stderr.decode()
 
 
@@ -360,27 +363,37 @@ def huge_bytes():
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
 def test_tiles_lie_on_huge_pages():
     """Samples would take some 8% longer on small ones, until the kernel merges them."""
-    size = 2**21
-    probe = mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE) if sys.platform == "linux" else None
-    before = huge_bytes() if probe else 0
-    try:
+    code = """if True:
+        import mmap
+        import time
+        from test_tiles import FrameReplay, huge_bytes, noise, rows_of
+
+        size, before = 2**21, huge_bytes()
+        probe = mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE)
         probe.write(bytes(2 * size))
-        probe.madvise(25)  # MADV_COLLAPSE
-    except (AttributeError, OSError):
-        pytest.skip("needs Linux 6.1 with huge pages")
-    if huge_bytes() < before + size:
-        pytest.skip("the kernel has no huge page left")
-    before, replay = huge_bytes(), FrameReplay(40_000, (84, 84), storage="tiles")
-    for _, row in zip(range(1000), rows_of(noise, (84, 84), 1)):
-        replay.add(*row)
-    segments = replay.nbytes // size
-    assert segments >= 2
-    end = time.monotonic() + 10
-    while huge_bytes() < before + (segments - 1) * size and time.monotonic() < end:
-        time.sleep(0.01)
-    assert huge_bytes() >= before + (segments - 1) * size
+        try:
+            probe.madvise(25)  # MADV_COLLAPSE
+        except OSError:
+            raise SystemExit(77)
+        if huge_bytes() < before + size:
+            raise SystemExit(77)
+        before, replay = huge_bytes(), FrameReplay(40_000, (84, 84), storage="tiles")
+        for _, row in zip(range(1000), rows_of(noise, (84, 84), 1)):
+            replay.add(*row)
+        expected = before + (replay.nbytes // size - 1) * size
+        assert expected > before
+        end = time.monotonic() + 10
+        while huge_bytes() < expected and time.monotonic() < end:
+            time.sleep(0.01)
+        assert huge_bytes() >= expected
+    """
+    run = run_code(code)
+    if run.returncode == 77:
+        pytest.skip("needs Linux 6.1 with huge pages left")
+    assert run.returncode == 0, run.stderr.decode()
 
 
 @pytest.mark.parametrize("bits", [64, 3])

@@ -3,24 +3,37 @@
 #include <new>
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
-
-#include <system_error>
-#include <thread>
 #endif
 
 namespace fastreplay {
 namespace {
 
-// Merges the small pages of this memory into huge ones, in a thread of its own. If the memory is
-// freed meanwhile, nothing happens, or other pages of the process are merged.
+#ifdef __linux__
+// The address of a number of huge pages, which stands in the low bits: they are 0 in the address.
+void* merge(void* pages) {
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older kernels refuse it
+  const uintptr_t value = reinterpret_cast<uintptr_t>(pages), number = value % kHugePage;
+  (void)madvise(reinterpret_cast<void*>(value - number), number * kHugePage, kCollapse);
+  return nullptr;
+}
+#endif
+
+// Merges the small pages of this memory, a number of huge pages, in a thread of its own. If there
+// is none, the kernel merges them some time later. If the memory is freed meanwhile, nothing
+// happens, or other pages of the process are merged.
 void merge_pages(void* memory, int64_t bytes) {
 #ifdef __linux__
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1; older kernels refuse it
-  try {
-    std::thread([=] { (void)madvise(memory, static_cast<size_t>(bytes), kCollapse); }).detach();
-  } catch (const std::system_error&) {  // no thread: the kernel merges them some time later
-  }
+  constexpr size_t kStack = 1 << 20;
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes) != 0) return;
+  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+  pthread_attr_setstacksize(&attributes, kStack);
+  pthread_t thread;
+  uint8_t* const pages = static_cast<uint8_t*>(memory) + bytes / kHugePage;
+  (void)pthread_create(&thread, &attributes, merge, pages);
+  pthread_attr_destroy(&attributes);
 #else
   (void)memory;
   (void)bytes;

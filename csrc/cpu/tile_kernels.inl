@@ -64,9 +64,9 @@ FR_TARGET static void write_frame(const TileDictionary& dictionary, const Tiles&
 // next one begin.
 template <typename Tiles>
 FR_TARGET static void write_frames(const TileDictionary& dictionary, const Tiles& tiles,
-                                   ChunkLayout layout, const int64_t* offsets,
-                                   const uint8_t* chunk, int first, int n, const uint32_t* ids,
-                                   const uint8_t* change, uint8_t* out) {
+                                   ChunkLayout layout, const int64_t* offsets, const uint8_t* chunk,
+                                   int first, int n, const uint32_t* ids, const uint8_t* change,
+                                   uint8_t* out) {
   const int64_t bytes = tiles.bytes();
   const uint8_t* ahead = change;
   const auto prefetch_changed = [&](int frame) {
