@@ -61,7 +61,7 @@ FR_TARGET static void write_frame(const TileDictionary& dictionary, const Tiles&
 }
 
 // Writes n frames of a chunk. The first one has these ids; `change` is where the changes of the
-// next one begin.
+// next one begin. The layout is a copy: the compiler would load it again after each write to `out`.
 template <typename Tiles>
 FR_TARGET static void write_frames(const TileDictionary& dictionary, const Tiles& tiles,
                                    ChunkLayout layout, const int64_t* offsets, const uint8_t* chunk,
