@@ -248,6 +248,15 @@ def test_tiles_take_memory_only_for_rows_that_are_stored():
     assert replay.nbytes < 1_000_000 * (9 + 2) + 5_000_000
 
 
+def test_the_first_segments_are_allocated_with_the_replay():
+    """Their pages are merged by then: the first add would wait for it."""
+    replay = FrameReplay(40_000, (84, 84), storage="tiles")
+    before = replay.nbytes
+    for _, row in zip(range(5), rows_of(moving_dot, (84, 84), 1)):
+        replay.add(*row)
+    assert replay.nbytes < before + 2**20
+
+
 def state_of(replay, **changes):
     return replay.state_dict() | changes
 
