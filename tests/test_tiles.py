@@ -248,15 +248,6 @@ def test_tiles_take_memory_only_for_rows_that_are_stored():
     assert replay.nbytes < 1_000_000 * (9 + 2) + 5_000_000
 
 
-def test_the_first_segments_are_allocated_with_the_replay():
-    """Their pages are merged by then: the first add would wait for it."""
-    replay = FrameReplay(40_000, (84, 84), storage="tiles")
-    before = replay.nbytes
-    for _, row in zip(range(5), rows_of(moving_dot, (84, 84), 1)):
-        replay.add(*row)
-    assert replay.nbytes < before + 2**20
-
-
 def state_of(replay, **changes):
     return replay.state_dict() | changes
 
@@ -374,7 +365,10 @@ def huge_bytes():
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
 def test_tiles_lie_on_huge_pages():
-    """Samples would take some 8% longer on small ones, until the kernel merges them."""
+    """Samples would take some 8% longer on small ones, until the kernel merges them.
+
+    The first segments are allocated with the replay: the first add would wait for their pages.
+    """
     code = """if True:
         import mmap
         import time
@@ -389,15 +383,20 @@ def test_tiles_lie_on_huge_pages():
             raise SystemExit(77)
         if huge_bytes() < before + size:
             raise SystemExit(77)
+
+        def wait_for(expected):
+            end = time.monotonic() + 10
+            while huge_bytes() < expected and time.monotonic() < end:
+                time.sleep(0.01)
+            assert huge_bytes() >= expected
+
         before, replay = huge_bytes(), FrameReplay(40_000, (84, 84), storage="tiles")
+        wait_for(before + 2 * size)  # one of tiles, one of chunks
         for _, row in zip(range(1000), rows_of(noise, (84, 84), 1)):
             replay.add(*row)
-        expected = before + (replay.nbytes // size - 1) * size
-        assert expected > before
-        end = time.monotonic() + 10
-        while huge_bytes() < expected and time.monotonic() < end:
-            time.sleep(0.01)
-        assert huge_bytes() >= expected
+        segments = replay.nbytes // size - 1
+        assert segments > 2
+        wait_for(before + segments * size)
     """
     run = run_code(code)
     if run.returncode == 77:
