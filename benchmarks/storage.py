@@ -52,6 +52,7 @@ FORMATS = {
 }
 BLOCK = 250  # steps of frames that are added in a row
 SEGMENT = 2**20  # bytes; the segments of tiles have more
+NEAR = 100  # adds, the first of which allocates a segment
 COLUMNS = 9  # bytes of a transition's action, reward and so on, part of nbytes
 OBJECT = 33 + 8  # bytes of a Python bytes object besides its contents, and of the pointer to it
 
@@ -271,37 +272,49 @@ def sample_in_turns(plain, tiles, args):
 def measure_growth(game, how, args):
     """Tiles alone: bytes a frame, resident memory and times of adds while frames are added.
 
-    The times are CPU time of the thread, the kernel's work for it included: another process that
-    takes the core for some milliseconds does not look like a slow add. The adds that began a new
-    segment of memory are also counted alone.
+    CPU time is that of the thread, the kernel's work for it included. It does not show that an add
+    waits, for the thread that merges the pages of a new segment or for another process; the clock
+    shows both. So adds near growth (the one that allocates a segment and the next 99) are told from
+    the others: what slows down both alike is not growth.
     """
     torch.set_num_threads(1)
     capacity = args.growth // NUM_ENVS * NUM_ENVS
     replay = fast_replay(capacity, "tiles")
     other = COLUMNS * capacity  # of actions and so on, taken at once
-    points, times, growing, mark, before = [], [], [], 10_000, resident_bytes()
+    points, times, clock, growths, since_growth = [], [], [], [], []
+    mark, before = 10_000, resident_bytes()
     for t, row in enumerate(play(game, how, capacity // NUM_ENVS), 1):
-        size = replay.nbytes
+        size, begin = replay.nbytes, time.perf_counter()
         times.append(add(replay, [row]))
+        clock.append(time.perf_counter() - begin)
         if replay.nbytes - size >= SEGMENT:
-            growing.append(times[-1] * 1e6)
+            growths.append(t)
+        since_growth.append(t - growths[-1] if growths else NEAR)
         count = t * NUM_ENVS
         if t == 1:
             before = resident_bytes()  # the games have started
         if count >= min(mark, capacity):
-            quantiles = np.percentile(times, [50, 99.9, 100]) * 1e6
+            us, near = np.array([times, clock]) * 1e6, np.array(since_growth) < NEAR
+            first = np.array(since_growth) == 0
             points.append(
                 {
                     "frames": count,
                     "bytes": (replay.nbytes - other) / count + COLUMNS,
                     "resident": resident_bytes() - before,
                     "adds": NUM_ENVS * len(times) / sum(times),
-                    "add us": quantiles.tolist(),
-                    "growing add us": growing,
+                    "add us": np.percentile(us[0], [50, 99.9, 100]).tolist(),
+                    "allocating add us": us[:, first].T.tolist(),  # CPU, clock
+                    "near growth": slow_adds(us[1][near]),
+                    "elsewhere": slow_adds(us[1][~near]),
                 }
             )
-            mark, times, growing = 2 * mark, [], []
+            mark, times, clock, since_growth = 2 * mark, [], [], []
     return {"growth": points}
+
+
+def slow_adds(us):
+    """-> {"adds", "over 1 ms": the times of these}"""
+    return {"adds": len(us), "over 1 ms": us[us > 1000].tolist()}
 
 
 PARTS = {"turns": measure_turns, "growth": measure_growth}
@@ -440,15 +453,18 @@ def compressors_table(found, names):
 
 def growth_table(rows):
     head = ["game", "play", "frames", "bytes a frame", "resident memory, MB", "adds a CPU second"]
-    head += ["CPU us an add: median, 99.9%, slowest", "adds that began a segment: number, slowest"]
-    lines = [table_row(head), table_row(["---", "---", *["---:"] * 6])]
+    head += ["CPU us an add: median, 99.9%, slowest", "allocating adds: number, slowest in CPU us"]
+    head += [f"over 1 ms by the clock: of {NEAR} adds from each allocation on", "of the others"]
+    lines = [table_row(head), table_row(["---", "---", *["---:"] * 8])]
     for game, how, parts in rows:
         for point in parts["growth"]["growth"]:
             cells = [game, how, f"{point['frames']:,}", f"{point['bytes']:.0f}"]
             cells += [f"{point['resident'] / 1e6:,.0f}", f"{point['adds']:,.0f}"]
             cells += [", ".join(f"{x:.0f}" for x in point["add us"])]
-            grew = point["growing add us"]
+            grew = [cpu for cpu, _ in point["allocating add us"]]
             cells += [f"{len(grew)}, {max(grew):.0f}" if grew else "0"]
+            for part in (point["near growth"], point["elsewhere"]):
+                cells += [f"{len(part['over 1 ms'])} of {part['adds']:,}"]
             lines.append(table_row(cells))
     return lines
 

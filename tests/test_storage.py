@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -107,8 +108,9 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     assert all(len(stores["tiles"][f"uint8 {n}"]) == 3 for n in (32, 256))
     (point,) = rows[0][2]["growth"]["growth"]
     assert point["frames"] == 2_000 and point["add us"][0] <= point["add us"][2]
-    grew = point["growing add us"]  # the first tiles and the first chunks began a segment each
-    assert 1 <= len(grew) <= 3 and max(grew) <= point["add us"][2] + 1e-6
+    (grew,) = point["allocating add us"]  # a second segment of chunks; the first ones were there
+    assert 0 < grew[0] <= point["add us"][2] + 1e-6 and grew[1] > 0
+    assert point["near growth"]["adds"] == 100 and point["elsewhere"]["adds"] == 150
     page = storage.report_of(rows, args)
     assert page.count("| median of 2 | sticky |") == 3 and page.count("| at most 1.00 |") == 2
     assert (
@@ -121,12 +123,12 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     assert storage.ratio(stores, "uint8 32") == storage.ratio_of_fastest(stores, "uint8 32") == 1
     plays = "sticky", "random", "trained"  # no medians of one game
     found = [("Pong", how, stores) for how in (*plays, *plays[:2])]
-    for time_of, ratio_of, time in (
+    for time_of, ratio_of, cell in (
         (storage.median, storage.ratio, "4000000, 3000000, 1.00"),
         (min, storage.ratio_of_fastest, "2000000, 2000000, 1.00"),
     ):
         table = storage.samples_table(found, time_of, ratio_of)
-        assert table[2].split(" | ")[4] == time
+        assert table[2].split(" | ")[4] == cell
         assert [row.split(" | ")[:2] for row in table[7:]] == [
             [f"| {name}", how]
             for how in ("sticky", "random")
@@ -142,6 +144,41 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     assert "sample(32)" not in page and "| Breakout | sticky | 2,000 |" in page
     assert storage.summary_of(rows[0][2]) == f"{point['bytes']:.0f} bytes"
     assert len(storage.figure_of(rows).axes[0].patches) == 2
+
+
+class Growing:
+    """A store that allocates in its adds 51 and 120, and waits 50 ms in some adds."""
+
+    def __init__(self, waits):
+        self.waits, self.added = waits, 0
+
+    def add(self, *row):
+        self.added += 1
+        if self.added in self.waits:
+            time.sleep(0.05)
+
+    @property
+    def nbytes(self):
+        return 2**21 * ((self.added >= 51) + (self.added >= 120))
+
+
+@pytest.mark.parametrize("waits, near, elsewhere", [((51, 219), 2, 0), ((50, 220), 0, 2)])
+def test_adds_near_growth_are_counted_by_the_clock(monkeypatch, waits, near, elsewhere):
+    rows = [(np.zeros((storage.NUM_ENVS, 84, 84), np.uint8), np.zeros(storage.NUM_ENVS, bool))]
+    monkeypatch.setattr(storage, "fast_replay", lambda *_: Growing(waits))
+    monkeypatch.setattr(storage, "play", lambda game, how, steps: rows * steps)
+    found = storage.measure_growth("Pong", "sticky", Namespace(growth=250 * storage.NUM_ENVS))
+    (point,) = found["growth"]
+    assert [point[x]["adds"] for x in ("near growth", "elsewhere")] == [169, 81]
+    for key, count in (("near growth", near), ("elsewhere", elsewhere)):
+        assert sum(us > 50_000 for us in point[key]["over 1 ms"]) == count
+    cpu, clock = np.transpose(point["allocating add us"])
+    assert len(cpu) == 2 and (cpu < 1_000).all() and (clock[0] > 50_000) == (51 in waits)
+    row = storage.growth_table([("Pong", "sticky", {"growth": found})])[2]
+    assert row.endswith(
+        f"| {len(point['near growth']['over 1 ms'])} of 169 "
+        f"| {len(point['elsewhere']['over 1 ms'])} of 81 |"
+    )
 
 
 def test_different_batches_are_an_error():

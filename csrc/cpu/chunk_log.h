@@ -77,8 +77,8 @@ class ChunkLog {
     --segments_;
   }
 
-  // Of the segments in use, and of those that are kept.
-  int64_t bytes() const { return (segments_ + keeps_segments_ * spares_) * segment_bytes_; }
+  // Allocated.
+  int64_t bytes() const { return (segments_ + spares_) * segment_bytes_; }
 
  private:
   static constexpr int64_t kStrings = 8, kLeastSegment = 1 << 16;

@@ -141,8 +141,7 @@ void TileDictionary::release(uint32_t id) {
 }
 
 int64_t TileDictionary::bytes() const {
-  const int64_t segments = (end_ + kSegment - 1) / kSegment;  // touching a huge page takes it all
-  return segments * kSegment * int64_t{sizeof(Tile)} + (end_ + int64_t(buckets())) * 4;
+  return room_ * static_cast<int64_t>(sizeof(Tile) + 2 * sizeof(uint32_t));
 }
 
 void TileDictionary::restore(const uint8_t* pixels, int64_t n) {

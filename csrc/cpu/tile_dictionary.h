@@ -60,7 +60,7 @@ class TileDictionary {
   // Ids are below this.
   int64_t end() const { return end_; }
   int64_t max_tiles() const { return max_tiles_; }
-  // Bytes in use.
+  // Bytes allocated.
   int64_t bytes() const;
 
   // Fills an empty dictionary with the tiles 1 to n, n <= max_tiles(), of 28 bytes each, without

@@ -16,7 +16,7 @@
 // than the ring needs, and the capacity is exact.
 //
 // Memory is bounded, whatever the frames show, by 1.4 times that of plain frames, 24 bytes a chunk,
-// 64 frames a game and two segments of 2 MiB:
+// 64 frames a game, two segments of 2 MiB and one of 2.5 MiB:
 //   - a chunk whose bytes, plus 40 for each tile that it brought, exceed those of its frames holds
 //     the frames raw. Noise is stored like this. So is a chunk that needs a new tile when the
 //     dictionary is full;
@@ -49,7 +49,7 @@ class TileStore {
   int64_t added() const { return added_; }
   const TileDictionary& dictionary() const { return dictionary_; }
   const ChunkLayout& layout() const { return layout_; }
-  // Bytes in use.
+  // Bytes allocated; of the buffer of an open chunk, the bytes that were ever written.
   int64_t bytes() const;
 
   // Stores the next frame of each game. `stride`: bytes from one game's frame to the next. Throws

@@ -270,8 +270,8 @@ class FrameReplay:
     @property
     def nbytes(self) -> int:
         """Bytes that the replay takes now: all its rows, also if they are not stored yet, and of
-        tiles what is in use. On a GPU with tiles: the memory of the GPU, without the copy of the
-        tiles on the CPU."""
+        tiles the segments that are allocated. On a GPU with tiles: the memory of the GPU, without
+        the copy of the tiles on the CPU."""
         tensors = [self._actions, self._rewards, self._flags]
         if self._tree is not None:
             tensors += [self._tree._leaves, self._tree._inner]
