@@ -108,6 +108,8 @@ def main():
         types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         print(json.dumps({name: matrix_rate(args.threads, x) for name, x in types.items()}))
         return
+    # In inference mode FlopCounterMode fails on BTR's spectral normalization.
+    torch.inference_mode = torch.no_grad
     spec = importlib.util.spec_from_file_location(args.script.stem, args.script)
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
