@@ -2,46 +2,15 @@
 
 #include <cstring>
 
-#include "core/philox.h"
-
-// Tests build with fewer bits, so that the hashes of different tiles are equal.
-#ifndef FR_TILE_HASH_BITS
-#define FR_TILE_HASH_BITS 64
-#endif
-
 namespace fastreplay {
 namespace {
-
-uint64_t word(const uint8_t* at) {
-  uint64_t bits;
-  std::memcpy(&bits, at, sizeof bits);
-  return bits;
-}
-
-// The two halves of a * b, combined.
-uint64_t fold(uint64_t a, uint64_t b) { return (a * b) ^ mulhi64(a, b); }
 
 // A link: the id, and above it a tag.
 uint32_t link_to(uint32_t id, uint64_t hash) {
   return id | static_cast<uint32_t>(hash >> 56) << 24;
 }
 
-bool equal(const uint8_t* a, const uint8_t* b) {
-  const uint64_t differs = (word(a) ^ word(b)) | (word(a + 8) ^ word(b + 8)) |
-                           (word(a + 16) ^ word(b + 16)) | (word(a + 20) ^ word(b + 20));
-  return differs == 0;
-}
-
 }  // namespace
-
-uint64_t TileDictionary::hash_of(const uint8_t* pixels) {
-  const uint64_t low =
-      fold(word(pixels) ^ 0x9FB21C651E98DF25, word(pixels + 8) ^ 0xD6E8FEB86659FD93);
-  const uint64_t high =
-      fold(word(pixels + 16) ^ 0xC2B2AE3D27D4EB4F, word(pixels + 20) ^ 0xA0761D6478BD642F);
-  const uint64_t hash = fold(low ^ 0x8EBC6AF09C88C6E3, high ^ 0x589965CC75374CC3);
-  return FR_TILE_HASH_BITS == 64 ? hash : hash & ((uint64_t{1} << (FR_TILE_HASH_BITS % 64)) - 1);
-}
 
 TileDictionary::TileDictionary(int64_t max_tiles) : max_tiles_(max_tiles) {}
 
@@ -93,16 +62,7 @@ void TileDictionary::split() {
   __builtin_prefetch(&head(split_ + 16));
 }
 
-uint32_t TileDictionary::acquire(const uint8_t* pixels, uint64_t hash, bool& is_new) {
-  for (uint32_t link = head(bucket_of(hash)); link != 0; link = next(link & kIdMask)) {
-    if (link >> 24 != hash >> 56) continue;
-    Tile& found = tile(link & kIdMask);
-    // A tile whose count is at its limit gets a twin.
-    if (equal(found.pixels, pixels) && found.references != UINT32_MAX) {
-      ++found.references;
-      return link & kIdMask;
-    }
-  }
+uint32_t TileDictionary::insert(const uint8_t* pixels, uint64_t hash, bool& is_new) {
   uint32_t id = free_;
   if (id != 0) {
     free_ = next(id);

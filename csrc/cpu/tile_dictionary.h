@@ -18,11 +18,24 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
+#include "core/philox.h"
 #include "core/tiles.h"
 #include "cpu/huge_pages.h"
 
+// Tests build with fewer bits, so that the hashes of different tiles are equal.
+#ifndef FR_TILE_HASH_BITS
+#define FR_TILE_HASH_BITS 64
+#endif
+
 namespace fastreplay {
+
+inline uint64_t word_at(const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, sizeof word);
+  return word;
+}
 
 class TileDictionary {
  public:
@@ -41,17 +54,36 @@ class TileDictionary {
   // Makes room for `tiles` new tiles, or for as many as may still come.
   void reserve(int64_t tiles);
 
-  static uint64_t hash_of(const uint8_t* pixels);
+  // Of 28 bytes; or of their words at 0, 6, 14 and 20, which hold all of them.
+  static uint64_t hash_of(const uint8_t* pixels) {
+    return hash_of(word_at(pixels), word_at(pixels + 6), word_at(pixels + 14),
+                   word_at(pixels + 20));
+  }
+  static uint64_t hash_of(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+    const uint64_t low = fold(a ^ 0x9FB21C651E98DF25, b ^ 0xD6E8FEB86659FD93);
+    const uint64_t high = fold(c ^ 0x3C2B2AE3D27D4EB4, d ^ 0xA0761D6478BD642F);
+    const uint64_t hash = fold(low ^ 0x8EBC6AF09C88C6E3, high ^ 0x589965CC75374CC3);
+    return FR_TILE_HASH_BITS == 64 ? hash : hash & ((uint64_t{1} << (FR_TILE_HASH_BITS % 64)) - 1);
+  }
   // The id of the tile with these 28 bytes, with one reference more; 0 if it is new and the
   // dictionary is full. `is_new` is set if the tile is new. Needs room from reserve().
-  uint32_t acquire(const uint8_t* pixels, uint64_t hash, bool& is_new);
+  uint32_t acquire(const uint8_t* pixels, uint64_t hash, bool& is_new) {
+    for (uint32_t link = head(bucket_of(hash)); link != 0; link = next(link & kIdMask)) {
+      if (link >> 24 != hash >> 56) continue;
+      Tile& found = tile(link & kIdMask);
+      // A tile whose count is at its limit gets a twin.
+      if (equal(found.pixels, pixels) && found.references != UINT32_MAX) {
+        ++found.references;
+        return link & kIdMask;
+      }
+    }
+    return insert(pixels, hash, is_new);
+  }
   // One reference more, or less, to a tile. Without references it is freed.
   uint32_t retain(uint32_t id, bool& is_new);
   void release(uint32_t id);
 
-  // Prefetch what acquire() and release() read: first the bucket, and when it has come the tile.
-  void prefetch_bucket(uint64_t hash) const { __builtin_prefetch(&head(bucket_of(hash))); }
-  void prefetch_first(uint64_t hash) const { prefetch(head(bucket_of(hash)) & kIdMask); }
+  // Prefetches what release() reads first.
   void prefetch(uint32_t id) const { __builtin_prefetch(&tile(id)); }
 
   const uint8_t* pixels(uint32_t id) const { return tile(id).pixels; }
@@ -75,6 +107,9 @@ class TileDictionary {
  private:
   static constexpr int kFirstLevel = 10;
 
+  // The two halves of a * b, combined.
+  static uint64_t fold(uint64_t a, uint64_t b) { return (a * b) ^ mulhi64(a, b); }
+
   // Element i of segments of T.
   template <typename T>
   static T& at(const Memory* segments, uint64_t i) {
@@ -88,6 +123,13 @@ class TileDictionary {
     const uint64_t bucket = hash & ((uint64_t{2} << level_) - 1);
     return bucket < buckets() ? bucket : hash & ((uint64_t{1} << level_) - 1);
   }
+  static bool equal(const uint8_t* a, const uint8_t* b) {
+    const uint64_t differs = (word_at(a) ^ word_at(b)) | (word_at(a + 8) ^ word_at(b + 8)) |
+                             (word_at(a + 16) ^ word_at(b + 16)) |
+                             (word_at(a + 20) ^ word_at(b + 20));
+    return differs == 0;
+  }
+  uint32_t insert(const uint8_t* pixels, uint64_t hash, bool& is_new);
   void link(uint32_t id, uint64_t hash);
   void split();
 

@@ -25,12 +25,7 @@ void copy_word(const uint8_t* from, uint8_t* to) {
   std::memcpy(to, &word, 8);
 }
 
-bool same_word(const uint8_t* a, const uint8_t* b) {
-  uint64_t first, second;
-  std::memcpy(&first, a, 8);
-  std::memcpy(&second, b, 8);
-  return first == second;
-}
+bool same_word(const uint8_t* a, const uint8_t* b) { return word_at(a) == word_at(b); }
 
 // Where tiles lie in a frame, with sizes that the compiler knows for frames of 84x84.
 struct Tiles84x84 {
@@ -56,18 +51,31 @@ struct AnyTiles {
   const TileShape& shape;
 };
 
-// Packs a tile of a frame.
+// Packs a tile of a frame, and returns its hash.
 template <typename Tiles>
-void pack_tile(const Tiles& tiles, const uint8_t* from, uint8_t* pixels) {
+uint64_t pack_tile(const Tiles& tiles, const uint8_t* from, uint8_t* pixels) {
   const int columns = tiles.columns();
-  for (int row = 0; row < tiles.rows(); ++row, from += tiles.width(), pixels += columns) {
+  uint8_t* to = pixels;
+  for (int row = 0; row < tiles.rows(); ++row, from += tiles.width(), to += columns) {
     if (columns >= kLeastTileRow) {
-      copy_word(from, pixels);
-      copy_word(from + columns - 8, pixels + columns - 8);
+      copy_word(from, to);
+      copy_word(from + columns - 8, to + columns - 8);
     } else {
-      for (int i = 0; i < columns; ++i) pixels[i] = from[i];
+      for (int i = 0; i < columns; ++i) to[i] = from[i];
     }
   }
+  return TileDictionary::hash_of(pixels);
+}
+
+// The hash takes its words from the frame: from `pixels` it would wait for the stores.
+uint64_t pack_tile(const Tiles84x84& tiles, const uint8_t* from, uint8_t* pixels) {
+  const uint8_t* const below = from + tiles.width();
+  const uint64_t words[] = {word_at(from), word_at(from + 6), word_at(below), word_at(below + 6)};
+  std::memcpy(pixels, &words[0], 8);
+  std::memcpy(pixels + 6, &words[1], 8);
+  std::memcpy(pixels + 14, &words[2], 8);
+  std::memcpy(pixels + 20, &words[3], 8);
+  return TileDictionary::hash_of(words[0], words[1], words[2], words[3]);
 }
 
 // Whether two frames are equal in the tile at this place.
@@ -88,12 +96,7 @@ bool same_tile(const Tiles& tiles, const uint8_t* a, const uint8_t* b) {
 bool same_bytes(const uint8_t* a, const uint8_t* b, int64_t n) {
   uint64_t differs = 0;
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t first, second;
-    std::memcpy(&first, a + i, 8);
-    std::memcpy(&second, b + i, 8);
-    differs |= first ^ second;
-  }
+  for (; i + 8 <= n; i += 8) differs |= word_at(a + i) ^ word_at(b + i);
   for (; i < n; ++i) differs |= a[i] ^ b[i];
   return differs == 0;
 }
@@ -247,9 +250,7 @@ int64_t TileStore::find_changed(const Tiles& tiles, const Game& game, const uint
       if (has_last && same_tile(tiles, frame + at, last + at)) continue;
       Changed& tile = changed[n++];
       tile.position = static_cast<int32_t>(y * tiles.across() + x);
-      pack_tile(tiles, frame + at, tile.pixels);
-      tile.hash = TileDictionary::hash_of(tile.pixels);
-      dictionary_.prefetch_bucket(tile.hash);
+      tile.hash = pack_tile(tiles, frame + at, tile.pixels);
     }
   }
   return n;
@@ -258,7 +259,6 @@ int64_t TileStore::find_changed(const Tiles& tiles, const Game& game, const uint
 // Codes a frame in the open chunk. Returns false if the dictionary is full: the chunk holds ids of
 // a part of the frame then, and has_ids is false.
 bool TileStore::code(Game& game, Chunk& open, int frame_index, const uint8_t* frame) {
-  constexpr int64_t kAhead = 8;
   uint8_t* const chunk = game.buffer.get();
   const bool keyframe = frame_index == open.first, had_ids = game.has_ids;
   const int64_t n = shape_.height == 84 && shape_.width == 84
@@ -266,7 +266,6 @@ bool TileStore::code(Game& game, Chunk& open, int frame_index, const uint8_t* fr
                         : find_changed(AnyTiles(shape_), game, frame);
   game.has_ids = false;
   for (int64_t i = 0; i < n; ++i) {
-    if (i + kAhead < n) dictionary_.prefetch_first(changed_[size_t(i + kAhead)].hash);
     const Changed& changed = changed_[static_cast<size_t>(i)];
     bool is_new = false;
     const uint32_t id = dictionary_.acquire(changed.pixels, changed.hash, is_new);
