@@ -101,11 +101,21 @@ def late(run, key):
     return float(np.mean([x for step, x in zip(run["steps"], run[key]) if step > half]))
 
 
-def interval(values):
-    """ "2.31 (1.90 to 2.70)": interquartile mean and bootstrap interval over the seeds."""
+def late_error(run):
+    """Half of the 95% interval over the episodes, of the mean over-estimation of that half."""
+    half = run["steps"][-1] / 2
+    errors = [x for step, x in zip(run["steps"], run["overestimation_ci95"]) if step > half]
+    return float(np.linalg.norm(errors) / len(errors))
+
+
+def interval(values, error=None):
+    """ "2.31 (1.90 to 2.70)": interquartile mean and bootstrap interval over the seeds. With one
+    seed, the value and, if given, `error` to both sides."""
     middle, text = interquartile_mean(values), ""
     if len(values) > 1:
         text = " ({:.3g} to {:.3g})".format(*bootstrap_interval(values))
+    elif error is not None:
+        text = f" ({middle - error:.3g} to {middle + error:.3g})"
     return f"{middle:.3g}{text}"
 
 
@@ -114,20 +124,21 @@ def value_table(found):
     head = ["environment", "algorithm", "predicted", "true", "over-estimation", "return"]
     lines = [table_row(head), table_row(["---", "---", *["---:"] * 4])]
     for (env_id,), group in grouped(found, "env_id").items():
-        bias = {}
+        bias, error = {}, {}
         for (name,), runs in grouped(group, "algorithm").items():
             predicted, true, returns = (
                 np.array([late(run, key) for run in runs])
                 for key in ("predicted", "true", "returns")
             )
-            bias[name] = predicted - true
-            cells = [env_id, NAMES.get(name, name)]
-            cells += map(interval, (predicted, true, bias[name], returns))
+            bias[name], error[name] = predicted - true, late_error(runs[0])
+            cells = [env_id, NAMES.get(name, name), interval(predicted), interval(true)]
+            cells += [interval(bias[name], error[name]), interval(returns)]
             lines.append(table_row(cells))
         first, *others = bias
         for other in others:  # the same seeds, in the same order
             cells = [env_id, f"{NAMES.get(first, first)} - {NAMES.get(other, other)}", "", ""]
-            lines.append(table_row([*cells, interval(bias[first] - bias[other]), ""]))
+            both = np.hypot(error[first], error[other])
+            lines.append(table_row([*cells, interval(bias[first] - bias[other], both), ""]))
     return lines
 
 
@@ -146,7 +157,8 @@ def network_report(found, algorithms, env_ids):
             "last row of an environment is the difference of the over-estimations, seed by seed: "
             "where its interval contains 0, the seeds show no effect of Double DQN."
             if seeds > 1
-            else "seed, without an interval."
+            else "seed. The intervals of the over-estimation are over the evaluated episodes: they "
+            "do not show how seeds differ."
         ),
         "",
         "Predicted is max_a Q(s, a), true the discounted sum of the rewards that followed, with "

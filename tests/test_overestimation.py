@@ -66,6 +66,21 @@ def test_a_mean_over_the_second_half(tool):
     assert tool.late(run, "true") == 4.0
 
 
+def test_one_seed_has_an_interval_over_its_episodes(tool):
+    """That of the mean of the two evaluations in the second half, whose errors are independent."""
+    values = {"steps": [100, 200, 300], "true": [0.0, 1.0, 1.0], "returns": [9.0, 9.0, 9.0]}
+    rows = []
+    for name, predicted, errors in (("dqn", 3.0, (9, 0.3, 0.4)), ("ddqn", 2.0, (9, 0.6, 0.8))):
+        keys = {"algorithm": name, "env_id": "A-v1", "seed": 1}
+        found = {"predicted": [0.0, predicted, predicted], "overestimation_ci95": [*errors]}
+        rows.append(keys | values | found)
+    assert tool.value_table(rows)[2:] == [
+        "| A-v1 | DQN | 3 | 1 | 2 (1.75 to 2.25) | 9 |",
+        "| A-v1 | Double DQN | 2 | 1 | 1 (0.5 to 1.5) | 9 |",
+        "| A-v1 | DQN - Double DQN |  |  | 1 (0.441 to 1.56) |  |",
+    ]
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     source = SCRIPT.rsplit("writer.close()", 1)[0] + VALUES
