@@ -108,13 +108,13 @@ def late_error(run):
     return float(np.linalg.norm(errors) / len(errors))
 
 
-def interval(values, error=None):
+def interval(values, error=0.0):
     """ "2.31 (1.90 to 2.70)": interquartile mean and bootstrap interval over the seeds. With one
-    seed, the value and, if given, `error` to both sides."""
+    seed, `error` to both sides of its value."""
     middle, text = interquartile_mean(values), ""
     if len(values) > 1:
         text = " ({:.3g} to {:.3g})".format(*bootstrap_interval(values))
-    elif error is not None:
+    elif error:
         text = f" ({middle - error:.3g} to {middle + error:.3g})"
     return f"{middle:.3g}{text}"
 
@@ -130,7 +130,9 @@ def value_table(found):
                 np.array([late(run, key) for run in runs])
                 for key in ("predicted", "true", "returns")
             )
-            bias[name], error[name] = predicted - true, late_error(runs[0])
+            bias[name], error[name] = predicted - true, 0.0
+            if len(runs) == 1:
+                error[name] = late_error(runs[0])
             cells = [env_id, NAMES.get(name, name), interval(predicted), interval(true)]
             cells += [interval(bias[name], error[name]), interval(returns)]
             lines.append(table_row(cells))

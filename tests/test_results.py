@@ -174,6 +174,8 @@ def test_a_table_of_growth(project):
     (row,) = page.read_text().splitlines()[3:-1]
     assert row.startswith("| Pong | sticky | 2,000 | 48 | 41 | [record](")
 
+
+def test_a_table_of_overestimation(project):
     """Means over the second half of training; the last row is the difference, seed by seed."""
     runs = []
     for name, bias in (("dqn", 4.0), ("ddqn", 1.0)):
