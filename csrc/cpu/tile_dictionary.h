@@ -129,6 +129,7 @@ class TileDictionary {
                              (word_at(a + 20) ^ word_at(b + 20));
     return differs == 0;
   }
+  // acquire() of a tile that is new.
   uint32_t insert(const uint8_t* pixels, uint64_t hash, bool& is_new);
   void link(uint32_t id, uint64_t hash);
   void split();
