@@ -18,8 +18,8 @@ struct Free {
 using Memory = std::unique_ptr<uint8_t, Free>;
 
 // Uninitialised memory, aligned to cache lines, or to huge pages if it is a multiple of them. Its
-// pages are small at first, because the first touch of a huge page can take milliseconds; a thread
-// in the background merges them at once. Throws std::bad_alloc.
+// pages are small when they are first touched, because the first touch of a huge page can take
+// milliseconds. The kernel merges them some time later. Throws std::bad_alloc.
 Memory allocate(int64_t bytes);
 
 }  // namespace fastreplay

@@ -21,10 +21,11 @@ void TileDictionary::reserve(int64_t tiles) {
     // What is there already was allocated by a call that ran out of memory.
     if (!tiles_[i]) tiles_[i] = allocate(int64_t{sizeof(Tile)} * kSegment);
     if (!next_[i]) next_[i] = allocate(int64_t{sizeof(uint32_t)} * kSegment);
-    // There are never more buckets than tiles, but for the first level's.
+    // There are never more buckets than tiles, but for the first level's. split() writes the others
+    // before they are read.
     if (!heads_[i]) {
       heads_[i] = allocate(int64_t{sizeof(uint32_t)} * kSegment);
-      std::memset(heads_[i].get(), 0, sizeof(uint32_t) * kSegment);
+      if (i == 0) std::memset(heads_[i].get(), 0, sizeof(uint32_t) << kFirstLevel);
     }
     room_ += kSegment;
   }

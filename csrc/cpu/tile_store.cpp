@@ -157,9 +157,6 @@ TileStore::TileStore(int64_t rows, int64_t num_envs, const TileShape& shape, int
     game.ids.resize(static_cast<size_t>(layout_.positions));
     game.last.resize(static_cast<size_t>(frame_bytes()));
   }
-  // The first segments, now: a thread begins to merge their pages, and a write would wait for it.
-  log_.reserve(1, allocate);
-  dictionary_.reserve(num_envs * layout_.positions);
 }
 
 int64_t TileStore::bytes() const {
