@@ -2,10 +2,13 @@
 
     python benchmarks/report.py                          # the records that README.md links to
     python benchmarks/report.py benchmarks/records/* --output all.html
+    python benchmarks/report.py --record benchmarks/records/2026-01-01_report   # needs Chromium
 
 Writes one HTML file that needs nothing else: no server, no network. The curves answer to the
 mouse: pointing at an algorithm, in the figure or in its list, brings it to the front, and the
 values at the pointer's step are shown. Figures and films of the other records are embedded.
+
+--record keeps pictures of the page as Chromium shows it, on a desktop and on a phone.
 """
 
 import argparse
@@ -13,17 +16,21 @@ import base64
 import html
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 from figures import curve_of_runs
-from machine import ROOT
+from machine import ROOT, clean_commit, write_record
 from plot import read_record
 from train import bootstrap_interval, interquartile_mean
 
 FILMS = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif"}
 RECORDS = "benchmarks/records/"
+SCREENS = {"desktop": (1280, 2600), "phone": (390, 2600)}  # width and height, CSS pixels
+LONG = 15  # rows; a longer table opens on a click
 
 
 def linked_records():
@@ -77,18 +84,22 @@ def curves_of(folders, files):
     `files`: {record: the files to show of it}; of other records all are shown. A curve's `x` and
     `y` have a value for each evaluation that all seeds have reached, `low` and `high` bound the 95%
     bootstrap interval of the interquartile mean; they are null with one seed. An algorithm that
-    several records have is shown with each record's name.
+    several records have is shown with each record's name. Records of over-estimation often hold the
+    runs of another record again, so theirs are shown only where no other has any.
     """
     runs = [(folder, run) for folder in folders if has_json(folder) for run in read_record(folder)]
-    groups = {}
+    groups, records = {}, {}
     for folder, run in runs:
         if "evaluation" in run.logs and run.algorithm in files.get(folder, [run.algorithm]):
             groups.setdefault((run.env_id, run.algorithm, folder), []).append(run)
-    records = {}
     for env_id, algorithm, folder in groups:
         records.setdefault((env_id, algorithm), []).append(folder)
+    for key, found in records.items():
+        records[key] = [folder for folder in found if not has_values(folder)] or found
     curves = {}
     for (env_id, algorithm, folder), group in groups.items():
+        if folder not in records[env_id, algorithm]:
+            continue
         series = [(log.steps, log.returns) for log in (run.logs["evaluation"] for run in group)]
         curve = curve_of_runs(algorithm, series, interquartile_mean, bootstrap_interval)
         if not len(curve.x):
@@ -111,6 +122,11 @@ def curves_of(folders, files):
 
 def has_json(folder):
     return (folder / "results.json").exists()
+
+
+def has_values(folder):
+    """Whether it is a record of over-estimation."""
+    return (folder / "values.csv").exists()
 
 
 def rounded(values):
@@ -145,25 +161,29 @@ def films_of(folder):
 
 
 def section(folder):
-    """What a record shows besides learning curves: its first table, figures and films."""
-    parts, text = [*films_of(folder)], (folder / "README.md").read_text()
+    """What a record shows besides learning curves: figures, films and its first table."""
+    parts, text = pictures_of(folder) + films_of(folder), (folder / "README.md").read_text()
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
     if tables:
         rows = [[c.strip() for c in row.strip("|").split("|")] for row in tables[0].splitlines()]
-        parts.append(html_table([rows[0], *rows[2:]]))
+        table = html_table([rows[0], *rows[2:]])
+        if len(rows) - 2 > LONG:
+            table = f"<details><summary>{len(rows) - 2} rows</summary>{table}</details>"
+        parts.append(table)
     name = f'<p class="note">{html.escape(RECORDS + folder.name)}</p>'
-    body = "\n".join(pictures_of(folder) + parts)
-    return f"<section><h3>{html.escape(title_of(folder))}</h3>{name}{body}</section>"
+    body = "\n".join(parts)
+    title = "" if has_values(folder) else f"<h3>{html.escape(title_of(folder))}</h3>"  # all alike
+    return f"<section>{title}{name}{body}</section>"
 
 
 def page_of(folders, files):
     """The whole page as text. `files`: see curves_of."""
     curves = curves_of(folders, files)
     shown = {curve["record"] for group in curves.values() for curve in group}
-    others = [folder for folder in folders if folder.name not in shown]
-    films = [film for folder in folders if folder.name in shown for film in films_of(folder)]
-    values = [folder for folder in others if (folder / "values.csv").exists()]
-    others = [folder for folder in others if folder not in values]
+    values = [folder for folder in folders if has_values(folder)]
+    others = [folder for folder in folders if folder.name not in shown and folder not in values]
+    sections = [*values, *others]  # which show their own films
+    films = [film for folder in folders if folder not in sections for film in films_of(folder)]
     plots = "".join(f'<div class="plot" data-env="{html.escape(env)}"></div>' for env in curves)
     data = json.dumps(curves).replace("<", "\\u003c")
     parts = {
@@ -211,7 +231,7 @@ td code { white-space: nowrap; }
 .plot li.on button { background: #0a5fc4; color: white; }
 .films { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: 0; }
-@media (max-width: 45rem) { .plot { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 720px) { .plot { grid-template-columns: minmax(0, 1fr); } }
 </style>
 </head>
 <body>
@@ -234,7 +254,8 @@ values at the pointer's step, or at the end.</p>
 <script type="application/json" id="data">{{DATA}}</script>
 <script>
 const data = JSON.parse(document.getElementById("data").textContent);
-const W = 640, H = 380, LEFT = 52, RIGHT = 24, TOP = 10, BOTTOM = 44;
+const PHONE = innerWidth < 720;  // a smaller figure, for labels of the same size
+const W = PHONE ? 360 : 640, H = PHONE ? 270 : 380, LEFT = 52, RIGHT = 24, TOP = 10, BOTTOM = 44;
 const short = x => Math.abs(x) >= 1e6 ? x / 1e6 + "M" : Math.abs(x) >= 1e3 ? x / 1e3 + "k" : "" + x;
 
 function node(name, attributes, parent, text) {
@@ -351,11 +372,45 @@ for (const box of document.querySelectorAll(".plot"))
 """
 
 
+def take_pictures(page, folder):
+    """Write the top of the page as Chromium shows it on each of SCREENS, as PNG."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if browser is None:
+        sys.exit("error: --record needs Chromium: apt install chromium.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (width, height) in SCREENS.items():
+        png = (folder / f"{name}.png").resolve()
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--window-size={width},{height}", "--virtual-time-budget=5000"]
+        command += [f"--screenshot={png}", page.resolve().as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0 or not png.exists():
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            sys.exit(f"error: Chromium took no picture ({last}).")
+
+
+def report_of(sizes):
+    lines = ["# The page of report.py", ""]
+    lines += [
+        f"{sizes['bytes'] / 1e6:.1f} MB, {len(sizes['records'])} records. Its top in Chromium:"
+    ]
+    for name, (width, height) in SCREENS.items():
+        lines += [
+            "",
+            f"{name.capitalize()}, {width} x {height} pixels:",
+            "",
+            f"![{name}]({name}.png)",
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("records", nargs="*", type=Path, help="default: those README.md links to")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
+    parser.add_argument("--record", type=Path, help="folder for pictures of the page")
     args = parser.parse_args()
+    commit = clean_commit() if args.record else None
     folders, files = args.records, {}
     if not folders:
         for folder, file in linked_records():
@@ -374,6 +429,10 @@ def main():
     except OSError as e:
         sys.exit(f"error: cannot write {args.output} ({e.strerror}).")
     print(f"{args.output}: {len(text) / 1e6:.1f} MB, {len(folders)} records")
+    if args.record:
+        take_pictures(args.output, args.record)
+        sizes = {"bytes": len(text.encode()), "records": [folder.name for folder in folders]}
+        write_record(args.record, sizes, report_of(sizes), commit)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_benchmarks import SCRIPT, make_repository, run
+from test_benchmarks import SCRIPT, git, make_repository, run
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -77,6 +77,33 @@ def test_given_records_are_all_shown_and_told_apart(repository):
     assert [c["name"] for c in group] == ["one", "two (curves)", "two (later)"]
 
 
+def test_over_estimation_is_shown_and_its_runs_are_not_shown_twice(repository):
+    records = repository / "benchmarks" / "records"
+    again, alone = records / "again", records / "alone"
+    for copy in (again, alone):
+        shutil.copytree(records / "curves", copy)
+        (copy / "values.csv").write_text("step,predicted,true\n")
+        (copy / "README.md").write_text("# Over-estimation\n\n| bias |\n|---:|\n| 5.39 |\n")
+        (copy / "curve.svg").unlink(missing_ok=True)
+        (copy / "curve.png").write_bytes(PNG)
+    page = make(repository, records / "curves", again)
+    (group,) = data_of(page).values()
+    assert [(c["name"], c["record"]) for c in group] == [("one", "curves"), ("two", "curves")]
+    section = page.split("Over-estimation</h2>")[1].split("<h2")[0]
+    assert base64.b64encode(PNG).decode() in section and "<td>5.39</td>" in section
+    assert page.count("benchmarks/records/again") == 1
+    (group,) = data_of(make(repository, alone)).values()
+    assert [c["record"] for c in group] == ["alone", "alone"], "no other record has them"
+
+
+def test_a_long_table_opens_on_a_click(repository):
+    record = repository / "benchmarks" / "records" / "speed" / "README.md"
+    record.write_text("# Speed\n\n| side |\n|---|\n" + "| A |\n" * 15)
+    assert "<details>" not in make(repository)
+    record.write_text(record.read_text() + "| A |\n")
+    assert "<details><summary>16 rows</summary>" in make(repository)
+
+
 class Tags(HTMLParser):
     def __init__(self, page):
         super().__init__()
@@ -133,3 +160,36 @@ def test_a_browser_draws_the_curves(repository):
         ("two", "32.0"),
     ]
     assert "NaN" not in dom
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_a_record_has_pictures_of_the_page(repository):
+    """The phone's figure is narrower, so the two pictures differ in more than their margins."""
+    git(repository, "add", "-A")
+    git(repository, "commit", "-q", "-m", "records")
+    words = ["--output", repository.parent / "report.html", "--record", "pictures"]
+    done = run(repository, "benchmarks/report.py", *words)
+    assert done.returncode == 0, done.stderr
+    sizes = {}
+    for name in ("desktop", "phone"):
+        png = (repository / "pictures" / f"{name}.png").read_bytes()
+        assert png[:8] == PNG[:8]
+        sizes[name] = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+    assert sizes == {"desktop": (1280, 2600), "phone": (390, 2600)}
+    text = (repository / "pictures" / "README.md").read_text()
+    assert "![phone](phone.png)" in text and "- commit: " in text
+    assert json.loads((repository / "pictures" / "results.json").read_text())["records"] == [
+        *("curves", "later", "speed")
+    ]
+
+
+def test_without_a_browser_a_record_is_refused(repository, tmp_path):
+    git(repository, "add", "-A")
+    git(repository, "commit", "-q", "-m", "records")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").symlink_to(shutil.which("git"))
+    words = ["--output", tmp_path / "report.html", "--record", tmp_path / "pictures"]
+    done = run(repository, "benchmarks/report.py", *words, PATH=str(tmp_path / "bin"))
+    assert done.returncode == 1
+    assert done.stderr == "error: --record needs Chromium: apt install chromium.\n"
+    assert not (tmp_path / "pictures").exists()
