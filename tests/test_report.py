@@ -104,6 +104,15 @@ def test_a_long_table_opens_on_a_click(repository):
     assert "<details><summary>16 rows</summary>" in make(repository)
 
 
+def test_the_page_of_this_repository_has_values_and_films(tmp_path):
+    done = run(ROOT, "benchmarks/report.py", "--output", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    parts = dict(re.findall(r'<h2 id="(\w+)">[^<]*</h2>(.*?)(?=<h2|<script)', page, re.S))
+    assert "DQN - Double DQN" in parts["values"] and "<img" in parts["values"]
+    assert "data:image/gif" in parts["films"]
+
+
 class Tags(HTMLParser):
     def __init__(self, page):
         super().__init__()
