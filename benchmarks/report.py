@@ -190,7 +190,7 @@ def page_of(folders, files):
         "ALGORITHMS": html_table(table_of("## The algorithms")),
         "PLOTS": plots or "<p>There is no record of learning curves.</p>",
         "VALUES": "".join(map(section, values)),
-        "FILMS": "".join(films),
+        "FILMS": f'<div class="films">{"".join(films)}</div>' if films else "",
         "OTHERS": "".join(map(section, others)),
         "DATA": data,
     }
@@ -230,8 +230,13 @@ td code { white-space: nowrap; }
 .plot li button:focus-visible { outline: 2px solid #0a5fc4; }
 .plot li.on button { background: #0a5fc4; color: white; }
 .films { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; }
-@media (max-width: 720px) { .plot { grid-template-columns: minmax(0, 1fr); } }
+figure { margin: 0; max-width: 100%; }
+figcaption { font-size: 14px; overflow-wrap: anywhere; }
+section { margin-top: 2rem; }
+@media (max-width: 720px) {
+  .plot { grid-template-columns: minmax(0, 1fr); }
+  table { min-width: 40rem; }
+}
 </style>
 </head>
 <body>
