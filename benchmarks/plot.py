@@ -3,13 +3,15 @@
     python benchmarks/plot.py benchmarks/records/2026-11-25_d*dqn_cartpole
     python benchmarks/plot.py runs --x steps hours
     python benchmarks/plot.py runs 'CleanRL DQN=../cleanrl/runs' 'SB3 DQN=../logs/dqn'
+    python benchmarks/plot.py runs ../dopamine/baselines/atari/data/pong_CNN.json --measure any
 
 Each folder is searched for
     records                   results.json, of benchmarks/train.py
     TensorBoard's files       of this project, of CleanRL and of Stable-Baselines3
     Stable-Baselines3's logs  monitor.csv and evaluations.npz
-Runs of the same algorithm and environment are its seeds. NAME=FOLDER gives all runs in FOLDER this
-name. Runs of other projects are grey.
+A file is one of Dopamine's published returns. Runs of the same algorithm and environment are its
+seeds. NAME=FOLDER gives all runs in FOLDER this name, RECORD/SCRIPT takes one script of a record.
+Runs of other projects are grey.
 
 Written to --out, each as PNG and SVG:
     curves_ENV_steps   interquartile mean over the seeds, and its 95% bootstrap interval
@@ -25,6 +27,8 @@ draws its own seeds.
 A run's score is its last return at or before --at, by default the last step that all runs of that
 environment have reached. With several environments it is normalised: by --range; on Atari to 0 for
 random play and 1 for a human; else to 0 and 1 for the lowest and the highest return of these runs.
+Beside other projects, summary.md also says how the last return of each algorithm compares with the
+seeds of theirs after as many steps.
 """
 
 import argparse
@@ -107,11 +111,16 @@ class Run(NamedTuple):
 def find_runs(source, env_id=None, tag=None):
     """All runs in a folder and the folders below it.
 
-    `source`: FOLDER or NAME=FOLDER. `env_id`: of runs that do not tell theirs. `tag`: another
-    TensorBoard tag instead of the returns. Returns [Run] and the set of all scalar tags.
+    `source`: FOLDER, NAME=FOLDER, RECORD/SCRIPT or FILE. `env_id`: of runs that do not tell theirs.
+    `tag`: another TensorBoard tag instead of the returns. Returns [Run] and the set of all tags.
     """
     name, _, path = source.rpartition("=") if not Path(source).exists() else ("", "", source)
     folder, runs, tags = Path(path).expanduser(), [], set()
+    if folder.is_file() and not name:
+        return read_dopamine(folder, env_id), tags
+    only = None
+    if not folder.exists() and (folder.parent / "results.json").exists():
+        folder, only = folder.parent, folder.name
     if not folder.is_dir():
         sys.exit(f"error: {path}: no such folder; give folders of runs or records.")
     for place in [folder, *sorted(x for x in folder.rglob("*") if x.is_dir())]:
@@ -122,6 +131,8 @@ def find_runs(source, env_id=None, tag=None):
                 runs += read_logs(place, env_id, tag, tags)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             sys.exit(f"error: cannot read the log in {place} ({error!r}); delete or repair it.")
+    if only and not (runs := [run for run in runs if run.algorithm == only]):
+        sys.exit(f"error: {path}: the record {folder} has no runs of {only}.")
     if name:
         runs = [run._replace(algorithm=name) for run in runs]
     return runs, tags
@@ -228,6 +239,32 @@ def read_monitors(files):
     return env_id, make_log(lengths.cumsum(), hours, trailing_mean(returns, EPISODES))
 
 
+def read_dopamine(file, env_id):
+    """The runs of a file of Dopamine's baselines/atari/data: five seeds of each agent.
+
+    An iteration is 250,000 agent steps, and its value the mean return of the training episodes in
+    them, with sticky actions. The log places it at their end. Seeds have no names: each
+    iteration lists them in the same order.
+    """
+    values = {}
+    try:
+        for row in json.loads(file.read_text()):
+            seeds = values.setdefault(row["Agent"], {}).setdefault(int(row["Iteration"]), [])
+            seeds.append(float(row["Value"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sys.exit(f"error: {file} is not a file of Dopamine's returns, as pong_CNN.json; give that.")
+    name, runs = file.stem.split("_")[0], []
+    game = next((game for game in HUMAN if game.lower() == name), name.title())
+    for agent, by_iteration in values.items():
+        steps = [250_000 * (i + 1) for i in sorted(by_iteration)]
+        returns = zip(*(by_iteration[i] for i in sorted(by_iteration)))
+        for seed, column in enumerate(returns, 1):
+            log = {"training": make_log(steps, None, column)}
+            env = env_id or f"ALE/{game}-v5"
+            runs.append(Run(f"Dopamine {agent}", env, str(seed), True, file, log))
+    return runs
+
+
 def trailing_mean(values, n):
     """At each place the mean of the last `n` values, or of all so far if they are fewer."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -260,9 +297,13 @@ def identify(place, arguments, monitor_env=None):
 def choose(runs, measure):
     """The runs with their Log of one kind, `logs` becoming that Log, and the kind.
 
-    `measure`: "auto", "evaluation", "training" or a tag; "auto" takes what all runs have,
-    evaluations first. Exits with a line if that is impossible.
+    `measure`: "auto", "evaluation", "training", "any" or a tag; "auto" takes what all runs have,
+    evaluations first; "any" takes the evaluations of each run that has some. Exits with a line if
+    that is impossible.
     """
+    if measure == "any":
+        logs = [run.logs.get("evaluation", run.logs.get("training")) for run in runs]
+        return [run._replace(logs=log) for run, log in zip(runs, logs)], measure
     kinds = ("evaluation", "training") if measure == "auto" else (measure,)
     for kind in kinds:
         if all(kind in run.logs for run in runs):
@@ -272,7 +313,7 @@ def choose(runs, measure):
         other = next(run for run in runs if "training" not in run.logs)
         sys.exit(
             f"error: {without.source} has no evaluations, {other.source} has no training returns, "
-            "and the two do not compare; plot them apart."
+            "and the two do not compare; plot them apart, or with --measure any."
         )
     sys.exit(f"error: {without.source} has no {measure} returns; leave it out, or --measure auto.")
 
@@ -347,6 +388,16 @@ def score_at(log, step):
     if index < 0:
         sys.exit(f"error: a run has no return up to step {step:,.0f}; give a later one to --at.")
     return log.returns[index]
+
+
+def until(run, step):
+    """The run up to that step. Exits if nothing is left."""
+    log = run.logs
+    n = np.searchsorted(log.steps, step, side="right")
+    if not n:
+        sys.exit(f"error: {run} has no return up to step {step:,.0f}; give a later one to --until.")
+    hours = None if log.hours is None else log.hours[:n]
+    return run._replace(logs=Log(log.steps[:n], hours, log.returns[:n]))
 
 
 def scores_of(groups, env_ids, at):
@@ -538,6 +589,41 @@ def runs_table(groups, looks):
     return [*lines, "", *(f"- {note}" for note in notes), *[""] * bool(notes)]
 
 
+def beside_peers(groups, looks):
+    """Each algorithm's last return beside the seeds of the other projects, in Markdown."""
+    lines = []
+    for env_id in dict.fromkeys(env_id for _, env_id in groups):
+        here = {a: group for (a, env), group in groups.items() if env == env_id}
+        peers = [a for a in here if looks[a].peer]
+        if not peers or len(peers) == len(here):
+            continue
+        lines += [f"{env_id}: the last return, an interquartile mean over the seeds, and whether"]
+        lines += ["it is within the seeds of the others, interpolated at that step:", ""]
+        head = ["algorithm", "steps", "return", *(looks[a].name for a in peers)]
+        lines += [table_row(head), table_row(["---", *["---:"] * (len(head) - 1)])]
+        for algorithm, group in here.items():
+            if algorithm in peers:
+                continue
+            step = min(run.logs.steps[-1] for run in group)
+            score = pooled_mean(np.array([[score_at(run.logs, step)] for run in group])).item()
+            cells = [looks[algorithm].name, f"{step:,.0f}", number(score)]
+            cells += [beside(score, step, [run.logs for run in here[peer]]) for peer in peers]
+            lines.append(table_row(cells))
+        lines.append("")
+    return lines
+
+
+def beside(score, step, logs):
+    """ "-12.9 to -3.9, above": the range of other runs at a step, and where a score is. Empty where
+    one of them has not begun or has ended."""
+    if not all(log.steps[0] <= step <= log.steps[-1] for log in logs):
+        return ""
+    values = [np.interp(step, log.steps, log.returns) for log in logs]
+    low, high = min(values), max(values)
+    where = "above" if score > high else "below" if score < low else "within"
+    return f"{number(low)} to {number(high)}, {where}"
+
+
 def span(values):
     low, high = min(values), max(values)
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
@@ -556,13 +642,15 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER")
+    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER[/SCRIPT] or FILE")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="default: figures")
     parser.add_argument("--x", nargs="+", choices=("steps", "hours"), default=["steps"])
-    parser.add_argument("--measure", choices=("auto", "evaluation", "training"), default="auto")
+    kinds = ("auto", "evaluation", "training", "any")
+    parser.add_argument("--measure", choices=kinds, default="auto")
     parser.add_argument("--tag", help="another TensorBoard tag: curves only, as charts/SPS")
     parser.add_argument("--goal", type=float, help="a dashed line at this return")
     parser.add_argument("--at", help="a step, or `end` (default: the last common step)")
+    parser.add_argument("--until", type=float, metavar="STEP", help="leave out what comes later")
     parser.add_argument("--baseline", help="for the probability of improvement (default: first)")
     parser.add_argument("--peers", nargs="+", default=[], help="algorithms to draw grey")
     parser.add_argument("--range", nargs="+", default=[], metavar="ENV=LOW,HIGH")
@@ -606,6 +694,8 @@ def main():
         sys.exit(f"error: no run has the tag {tag}; there are: {there}")
     check_repeats(runs)
     runs, measure = choose(runs, args.tag or args.measure)
+    if args.until is not None:
+        runs = [until(run, args.until) for run in runs]
     runs = [run._replace(peer=run.peer or run.algorithm in args.peers) for run in runs]
     algorithms = [*dict.fromkeys(run.algorithm for run in runs)]
     for name in [*args.peers, *filter(None, [args.baseline])]:
@@ -626,6 +716,7 @@ def make(runs, measure, algorithms, args):
     looks = looks_of(runs, algorithms)
     env_ids = [*dict.fromkeys(run.env_id for run in runs)]
     what = {"evaluation": "evaluations", "training": f"training, mean of {EPISODES} episodes"}
+    what["any"] = "evaluations, or training where there are none"
     ylabel = "return, higher is better" if measure in what else measure
     lines = [f"# {', '.join(look.name for look in looks.values())}", ""]
     lines += [f"Read: {what.get(measure, measure)}.", "", *runs_table(groups, looks)]
@@ -673,6 +764,7 @@ def make(runs, measure, algorithms, args):
             baseline = args.baseline or algorithms[0]
             drawn["improvement"], rows = improvement_figure(scores, baseline, looks)
             lines += interval_rows(rows, f"P(better than {looks[baseline].name})")
+    lines += beside_peers(groups, looks)
     lines += [f"![{name}]({name}.png)" for name in drawn]
     write(args.out, drawn, "\n".join(lines) + "\n")
 

@@ -348,6 +348,54 @@ def test_monitor_files_of_several_environments(tmp_path):
     assert log.hours == pytest.approx([0.01, 0.02, 0.03])
 
 
+DOPAMINE = [
+    {"Iteration": i, "Value": value + 10 * i, "Agent": agent}
+    for agent, values in (("DQN", (1.0, 2.0, 4.0)), ("Rainbow", (-1.0, -2.0, 0.5)))
+    for i in (0, 1, 2)
+    for value in values
+]
+
+
+def write_dopamine(folder, name="pong_CNN.json", rows=DOPAMINE):
+    (folder / name).write_text(json.dumps(rows))
+    return folder / name
+
+
+def test_dopamines_published_returns(tmp_path):
+    runs, _ = plot.find_runs(str(write_dopamine(tmp_path)))
+    assert [(run.algorithm, run.seed) for run in runs] == [
+        *(("Dopamine DQN", seed) for seed in "123"),
+        *(("Dopamine Rainbow", seed) for seed in "123"),
+    ]
+    assert all(run.env_id == "ALE/Pong-v5" and run.peer for run in runs)
+    log = runs[2].logs["training"]
+    assert log.steps.tolist() == [250_000, 500_000, 750_000] and log.hours is None
+    assert log.returns.tolist() == [4, 14, 24]
+    other = write_dopamine(tmp_path, "spaceinvaders_CNN.json")
+    assert plot.find_runs(str(other))[0][0].env_id == "ALE/SpaceInvaders-v5"
+    assert plot.find_runs(str(other), "SpaceInvadersNoFrameskip-v4")[0][0].env_id[-2:] == "v4"
+
+
+def test_evaluations_beside_the_seeds_of_a_peer(tmp_path, capsys):
+    folder, file = tmp_path / "runs", write_dopamine(tmp_path)
+    for name, last in (("dqn_atari", 8.9), ("ddqn_atari", 9.1), ("c51_atari", 6.0)):
+        arguments = {"env_id": "PongNoFrameskip-v4", "exp_name": name, "seed": 1}
+        scalars = [("charts/hours", 0.1, 1, 0), ("charts/episodic_return", -99, 1, 0)]
+        points = ((200_000, -21), (375_000, last), (600_000, 100))
+        scalars += [("eval/episodic_return", value, step, 0) for step, value in points]
+        write_events(folder / name, scalars, arguments)
+    words = (folder, file, "--env-id", "PongNoFrameskip-v4", "--out", tmp_path / "out")
+    call(*words, "--measure", "any", "--until", "500000")
+    # Halfway between two iterations the seeds of DQN have 6, 7 and 9, those of Rainbow 3 to 5.5.
+    out = capsys.readouterr().out
+    assert "| dqn | 375,000 | 8.9 | 6 to 9, within | 3 to 5.5, above |" in out
+    assert "| ddqn | 375,000 | 9.1 | 6 to 9, above | 3 to 5.5, above |" in out
+    assert "| c51 | 375,000 | 6 | 6 to 9, within | 3 to 5.5, above |" in out
+    log = plot.make_log([250_000, 500_000], None, [1, 2])
+    assert plot.beside(1.0, 249_999, [log]) == plot.beside(1.0, 500_001, [log]) == ""
+    assert plot.beside(1.0, 250_000, [log]) == "1 to 1, within"
+
+
 @pytest.mark.parametrize(
     "path, expected",
     [
@@ -528,6 +576,9 @@ def test_bad_input(tmp_path, capsys):
         ([tmp_path / "times", "--x", "hours"], "has no times; leave it out, or --x steps"),
         ([runs, "--baseline", "x"], "no runs of x; there are: dqn_cartpole"),
         ([runs, "--peers", "y"], "no runs of y"),
+        ([runs, "--until", "1"], "no return up to step 1; give a later one to --until"),
+        ([tmp_path / "times" / "b"], f"the record {tmp_path / 'times'} has no runs of b"),
+        ([tmp_path / "file"], f"{tmp_path / 'file'} is not a file of Dopamine's returns"),
         ([runs, "--at", "soon"], "--at soon: give a step, or `end`"),
         ([runs, "--range", "CartPole-v1"], "must be ENV=LOW,HIGH"),
         ([runs, "--range", "CartPole-v1=1,1"], "LOW and HIGH must differ"),
