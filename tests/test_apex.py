@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -266,6 +267,55 @@ def test_actors_and_learner_solve_a_simple_game_together(with_ray, in_tmp, monke
         ray.cloudpickle.unregister_pickle_by_value(squares)
     returns = [x.value for x in scalars(next(in_tmp.glob("runs/*")))["charts/episodic_return"]]
     assert np.mean(returns[:20]) < 7 and np.mean(returns[-100:]) > 7.5
+
+
+@pytest.mark.slow
+def test_a_run_learns_while_its_actors_are_killed(with_ray, in_tmp, monkeypatch):
+    """Twenty kills at random moments of a whole run; then Ctrl-C, when every actor lives again."""
+    script, kills = with_ray, 20
+    rng, seen, timers, runs = np.random.default_rng(3), {}, {}, []
+
+    class Attacked(script.Actors):
+        def recv(self):
+            block = super().recv()
+            process, number = block.block_id
+            seen.setdefault(process, []).append(number)
+            if process not in timers and len(timers) < kills and rng.random() < 0.1:
+                pid = process_of(block)
+                timers[process] = threading.Timer(rng.random(), os.kill, (pid, signal.SIGKILL))
+                timers[process].start()
+            # 30 blocks of each of two processes that nobody kills
+            alive = [x for x, numbers in seen.items() if x not in timers and len(numbers) > 30]
+            if len(alive) == 2:
+                runs[0].on_signal()
+            return block
+
+    class Remembered(script.Run):
+        def __init__(self, args):
+            super().__init__(args)
+            runs.append(self)
+
+    ray.cloudpickle.register_pickle_by_value(squares)
+    try:
+        monkeypatch.setattr(script, "make_envs", squares.Squares)
+        monkeypatch.setattr(script, "Actors", Attacked)
+        monkeypatch.setattr(script, "Run", Remembered)
+        changes = {"total_timesteps": 1_000_000, "learning_starts": 100, "batch_size": 32}
+        changes |= {"train_frequency": 10, "learning_rate": 1e-3, "broadcast_frequency": 40}
+        changes |= {"num_actors": 2, "buffer_size": 100_000, "buffer": "numpy"}
+        script.main(script.RunArgs(**(OPTIONS | changes)))
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(squares)
+    assert len(timers) == kills and len(seen) == kills + 2
+    blocks = 0
+    for numbers in seen.values():
+        blocks += len(numbers)
+        assert sorted(numbers) == list(range(1, len(numbers) + 1)), "a block was lost or came twice"
+    (run,) = runs
+    assert len(run.replay) == blocks * 16 * 2 and run.step == blocks * 10 * 2
+    returns = [x.value for x in scalars(next(in_tmp.glob("runs/*")))["charts/episodic_return"]]
+    assert np.mean(returns[:20]) < 7 and np.mean(returns[-100:]) > 8
+    print(f"{blocks} blocks of {len(seen)} processes, return {np.mean(returns[-100:]):.1f}")
 
 
 def check_first_weights(path, monkeypatch):
