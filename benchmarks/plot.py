@@ -764,7 +764,8 @@ def make(runs, measure, algorithms, args):
             baseline = args.baseline or algorithms[0]
             drawn["improvement"], rows = improvement_figure(scores, baseline, looks)
             lines += interval_rows(rows, f"P(better than {looks[baseline].name})")
-    lines += beside_peers(groups, looks)
+    if not args.tag:
+        lines += beside_peers(groups, looks)
     lines += [f"![{name}]({name}.png)" for name in drawn]
     write(args.out, drawn, "\n".join(lines) + "\n")
 
