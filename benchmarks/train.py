@@ -91,6 +91,26 @@ def bootstrap_interval(values, resamples=RESAMPLES, statistic=interquartile_mean
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
+def through_frames(script, env_id):
+    """Whether a script for Atari plays MinAtar."""
+    return script.endswith("_atari") and (env_id or "").startswith("MinAtar/")
+
+
+def program(script, env_id):
+    """The words that call a script, after `python`."""
+    if through_frames(script, env_id):
+        return ["benchmarks/minatar_frames.py", script]
+    return [f"algos/{script}.py"]
+
+
+def files_of(script, env_id):
+    """What a run depends on, beside its arguments."""
+    files = [f"algos/{script}.py", "csrc"]
+    if through_frames(script, env_id):
+        files += ["benchmarks/minatar_frames.py", "algos/dqn_cartpole.py"]
+    return files
+
+
 SOURCES = {}  # the scripts' texts when the commit was looked up
 
 
@@ -175,13 +195,14 @@ def start(run, flags, place, keep):
     if lock is None:
         return None
     check_source(run.script)
-    command = [sys.executable, os.fspath(ROOT / "algos" / f"{run.script}.py"), *run.flags(), *flags]
+    file, *words = program(run.script, run.env_id)
+    command = [sys.executable, os.fspath(ROOT / file), *words, *run.flags(), *flags]
     checkpoint = next(checkpoints_of(place), None)
     if not checkpoint:  # it was killed before its first checkpoint: it begins again
         shutil.rmtree(place / "runs", ignore_errors=True)
     if keep:
         command += ["--resume", os.fspath(checkpoint.relative_to(place))] if checkpoint else []
-        if not checkpoint and "checkpoint_replay" in Path(command[1]).read_text():
+        if not checkpoint and "checkpoint_replay" in SOURCES[run.script]:
             command += ["--checkpoint-replay"]
     with lock, open(place / "log.txt", "a" if checkpoint else "w") as log:
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
@@ -383,7 +404,8 @@ def report_of(runs, flags, goal):
             "Each run:",
             "",
             "```bash",
-            quote(["python", f"algos/{script}.py", "--env-id", env_id, *flags]) + " --seed SEED",
+            quote(["python", *program(script, env_id), "--env-id", env_id, *flags])
+            + " --seed SEED",
             "```",
         ]
     )
@@ -424,7 +446,8 @@ def draw(runs, goal):
     note += "; thin: each seed" if curves[0].seeds else ""
     if any(curve.tail for curve in curves) and not curves[0].seeds:
         note += "; thin: fewer seeds are left"
-    unit = "agent steps (4 frames each)" if runs[0]["script"].endswith("_atari") else "agent steps"
+    frames = runs[0]["script"].endswith("_atari") and not env_id.startswith("MinAtar/")
+    unit = "agent steps (4 frames each)" if frames else "agent steps"
     title = f"{runs[0]['script']} on {env_id}" if len(groups) == 1 else env_id
     title += f", evaluations of {episodes} episode{'s' * (episodes != 1)}"
     goal = None if goal is None else (goal, f"goal: {goal:g}")
@@ -467,7 +490,8 @@ def page_of_networks(networks, record):
         return ""
     name, state = next(iter(networks.items()))
     path = (record / "networks" / name).as_posix()
-    command = quote(["python", f"algos/{state['script']}.py", "--evaluate", path])
+    words = program(state["script"], state["args"]["env_id"])
+    command = quote(["python", *words, "--evaluate", path])
     text = "The networks of the runs with the median result (the lower one of two) can be evaluated"
     return f"\n\n{text}:\n\n```bash\n{command}\n```"
 
@@ -527,7 +551,7 @@ def results_of(runs, args, commit, folder):
     with contextlib.ExitStack() as stack:
         if args.runs:
             study = {"commit": commit, "flags": args.flags}
-            check_study(folder, study, {run.script for run in runs})
+            check_study(folder, study, runs)
             lock = locked(folder)
             if not lock:
                 sys.exit(f"error: another call of this tool is at work in {folder}.")
@@ -560,9 +584,10 @@ def earlier_runs(records, runs, flags, commit):
             if run not in there or run in found:
                 continue
             made_at = there[run]["commit"]
-            if not same_at(made_at, commit, f"algos/{run.script}.py", "csrc"):
+            files = files_of(run.script, run.env_id)
+            if not same_at(made_at, commit, *files):
                 sys.exit(
-                    f"error: --earlier {record}: algos/{run.script}.py or csrc/ is not what it was "
+                    f"error: --earlier {record}: {' or '.join(files)} is not what it was "
                     f"at commit {made_at[:12]}; train it again, without this record."
                 )
             found[run], place_of[run] = there[run], record
@@ -582,11 +607,11 @@ def report_of_earlier(found, machines):
     return head + "\n".join(lines) if lines else ""
 
 
-def check_study(folder, study, scripts):
+def check_study(folder, study, runs):
     """Exit if the runs in `folder` have other flags, or if their commit has other files."""
     file = folder / "study.json"
     before = json.loads(file.read_text())["commit"] if file.exists() else None
-    files = [*(f"algos/{script}.py" for script in scripts), "csrc"]
+    files = {file for run in runs for file in files_of(run.script, run.env_id)}
     if before != study["commit"] and same_at(before, study["commit"], *files):
         study = study | {"commit": before}
     check_same(folder, study, "--runs")
