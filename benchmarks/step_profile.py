@@ -100,13 +100,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("script", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precisions", nargs="+", default=["float32"], help="of matrix products")
     parser.add_argument("--begin", type=int, default=0, help="agent step of the first count")
     parser.add_argument("--steps", type=int, default=0, help="agent steps of a count")
     parser.add_argument("--trace", default="", help="file of the trace; without: no profile")
     args, flags = parser.parse_known_args()
     if args.script is None:
-        types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        print(json.dumps({name: matrix_rate(args.threads, x) for name, x in types.items()}))
+        rates = {p: matrix_rate(args.threads, getattr(torch, p)) for p in args.precisions}
+        print(json.dumps(rates))
         return
     # In inference mode FlopCounterMode fails on BTR's spectral normalization.
     torch.inference_mode = torch.no_grad

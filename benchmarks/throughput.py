@@ -18,7 +18,7 @@ compile=True". A side is compared with the fastest peer of its algorithm: C51, Q
 DQN, with which all other files are compared.
 
 `--sweep num_envs 1 4 16 64` measures each variant with each of these values; the figure shows the
-rate against them.
+rate against them. In a sweep over buffer_size learning starts when the replay is full.
 
 On Atari the scripts compute in float32 here, as the peers do, unless a variant says
 precision=bfloat16.
@@ -82,6 +82,7 @@ TASKS["minatar"] = TASKS["cartpole"] | {
 CHECKOUTS = {"CleanRL": "github.com/vwxyzjn/cleanrl", "LeanRL": "github.com/pytorch-labs/LeanRL"}
 COUNTED_STEPS = {"atari": 400}  # agent steps whose FLOPs are counted; elsewhere 2,000
 STARTUP_SECONDS = 120  # a turn whose first step takes longer is aborted
+LEARNING_SECONDS = 600  # and one whose first update takes longer
 
 
 class TurnFailed(Exception):
@@ -110,6 +111,8 @@ def cleanq_command(args, variant):
 
 def time_cleanq(args, variant, folder):
     """Steps per second of one turn: run the script, interrupt it, read its TensorBoard file."""
+    if args.sweep and args.sweep[0] == "buffer_size":  # the last word: the replay is full
+        variant += f" learning_starts={variant.rpartition('=')[2]}"
     path, flags = cleanq_command(args, variant)
     log = Path(folder, "log.txt")
     with open(log, "w") as file:
@@ -125,13 +128,13 @@ def time_cleanq(args, variant, folder):
             if process.poll() is not None:
                 break
             time.sleep(0.05)
-        try:
-            process.wait(args.warm_up + args.seconds)
-        except subprocess.TimeoutExpired:  # expected: it runs until it is interrupted
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-        else:
-            raise TurnFailed(last_line(log.read_text(errors="replace")))
+        let_run(process, args.warm_up, log)
+        deadline = time.monotonic() + LEARNING_SECONDS
+        while not read_times(folder)[1] and time.monotonic() < deadline:
+            let_run(process, 0.5, log)
+        let_run(process, args.seconds, log)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
     except subprocess.TimeoutExpired:
         raise TurnFailed("did not stop within 60 s of Ctrl-C") from None
     finally:
@@ -140,6 +143,15 @@ def time_cleanq(args, variant, folder):
     if process.returncode != 0:
         raise TurnFailed(last_line(log.read_text(errors="replace")))
     return rate_of(*read_times(folder), args.warm_up, args.seconds)
+
+
+def let_run(process, seconds, log):
+    """Wait. Raises TurnFailed, with the last line of the log, if the process ends by itself."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+    raise TurnFailed(last_line(log.read_text(errors="replace")))
 
 
 def run_step_profile(words, folder="."):
@@ -156,9 +168,13 @@ def run_step_profile(words, folder="."):
     return json.loads(last_line(done.stdout))
 
 
-def matrix_rates(args):
-    """{precision: FLOP/s of matrix products on the threads of a turn}"""
-    return run_step_profile(["--threads", args.threads])
+def matrix_rates(args, variants):
+    """{precision: FLOP/s of matrix products on the threads of a turn}, of CleanQ's variants.
+
+    Only what they compute in: without instructions for bfloat16 its products take seconds.
+    """
+    precisions = sorted({*map(precision_of, variants)}, reverse=True)
+    return run_step_profile(["--threads", args.threads, "--precisions", *precisions])
 
 
 def precision_of(side):
@@ -186,7 +202,7 @@ def profile_variants(args, commit):
             found = step_of(args, variant, trace)
         except TurnFailed as reason:
             sys.exit(f"error: CleanQ {variant}: {reason}")
-        side, rates = f"CleanQ {variant}".strip(), matrix_rates(args)
+        side, rates = f"CleanQ {variant}".strip(), matrix_rates(args, [variant])
         page = profile_report(side, found, rates[precision_of(side)])
         trace.with_name(f"{name}.md").write_text(page)
         print(f"{page}\nThe trace is {trace}.")
@@ -353,7 +369,7 @@ def main():
             print(f"{side}: FLOPs not counted: {reason}", flush=True)
     for repeat in range(args.repeats):
         if on_cpu:
-            matrix.append(matrix_rates(args))
+            matrix.append(matrix_rates(args, on_cpu))
         for side in sides:
             if side in failed:
                 continue

@@ -38,6 +38,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--env-id", default="CartPole-v1")
 parser.add_argument("--total-timesteps", type=int, default=300)
+parser.add_argument("--learning-starts", type=int)
 args, _ = parser.parse_known_args()
 stop = []
 signal.signal(signal.SIGINT, lambda *_: stop.append(True))
@@ -56,7 +57,9 @@ if args.total_timesteps > 10**6:  # timed by throughput.py: 100 steps in 0.1 s, 
         time.sleep(0.01)
         wall_time, step = wall_time + 0.1, step + (100 if wall_time < 1001 else 50)
         scalar("charts/SPS", 1.0, step, wall_time)
-        scalar("losses/td_loss", 1.0, step, wall_time)
+        if step >= args.learning_starts:
+            scalar("losses/td_loss", 1.0, step, wall_time)
+        writer.flush()
     writer.close()
     raise SystemExit
 if args.seed == 13:
@@ -808,6 +811,17 @@ def test_a_sweep_of_throughput(repository):
     assert list(line.get_ydata()) == [pytest.approx(500)] * 2
     done = run(repository, *words[:4], "--sweep", "num_envs", 1)
     assert done.returncode != 0 and "--sweep needs an argument" in done.stderr
+
+
+def test_a_sweep_over_the_buffer_size_measures_full_replays(repository):
+    """Learning starts after so many steps, the second time long after the warm-up."""
+    words = ["--alone", "--variants", "script=script", "--sweep", "buffer_size", 2_000, 20_000]
+    words = ["benchmarks/throughput.py", *words, "--repeats", 1, "--seconds", 1, "--warm-up", 1]
+    done = run(repository, *words, "--record", "record")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rates = json.loads((repository / "record" / "results.json").read_text())["steps_per_second"]
+    assert list(rates) == [f"CleanQ script=script buffer_size={n}" for n in (2_000, 20_000)]
+    assert [*rates.values()] == [[pytest.approx(500)]] * 2
 
 
 def test_throughput_without_a_rate_writes_no_record(repository):
