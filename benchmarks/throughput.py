@@ -6,9 +6,8 @@
 All sides learn the same environment with the same batch size, update frequency, target period and
 epsilon, on the same number of CPU threads; DQN has the same network everywhere. They take turns,
 `--repeats` times, each turn in its own process. A turn is measured for about `--seconds`. The
-measurement begins `--warm-up` seconds after the first step, not before learning begins. A 64 MiB
-memcpy before each turn shows how much the machine's speed drifts. Without --record the tool only
-prints the table.
+measurement begins `--warm-up` seconds after learning has begun. A 64 MiB memcpy before each turn
+shows how much the machine's speed drifts. Without --record the tool only prints the table.
 
 `--variants` are the flags of CleanQ's turns, one string for each side: "num_envs=8 tau=0.1". The
 word `script=NAME` chooses the file in algos/. `--peers` are the other sides, in the same form:
@@ -128,11 +127,12 @@ def time_cleanq(args, variant, folder):
             if process.poll() is not None:
                 break
             time.sleep(0.05)
-        let_run(process, args.warm_up, log)
         deadline = time.monotonic() + LEARNING_SECONDS
-        while not read_times(folder)[1] and time.monotonic() < deadline:
+        learning = False
+        while not learning and time.monotonic() < deadline:
             let_run(process, 0.5, log)
-        let_run(process, args.seconds, log)
+            learning = bool(read_times(folder)[1])
+        let_run(process, args.warm_up + args.seconds, log)
         process.send_signal(signal.SIGINT)
         process.wait(60)
     except subprocess.TimeoutExpired:
@@ -235,7 +235,9 @@ def read_times(folder):
     """[(seconds, agent steps)] of a run's log entries, and those of the entries with a loss."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = next(Path(folder).glob("runs/*"))
+    run = next(Path(folder).glob("runs/*"), None)
+    if run is None:
+        raise TurnFailed("it has not written a log")
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     there = events.Tags()["scalars"]
@@ -246,13 +248,13 @@ def read_times(folder):
 
 
 def rate_of(times, learning, warm_up, seconds):
-    """Steps per second from the first log entry with a loss, after the warm-up, to the last entry.
+    """Steps per second from the warm-up, which begins with the first loss, to the last log entry.
 
     `times`: [(seconds, agent steps)] of all log entries; `learning`: of those with a loss.
     """
-    counted = [(t, step) for t, step in learning if t >= times[0][0] + warm_up]
+    counted = [(t, step) for t, step in learning if t >= learning[0][0] + warm_up]
     if not counted or times[-1][0] - counted[0][0] < seconds / 2:
-        raise TurnFailed("too little learning in the measured time; raise --warm-up or --seconds")
+        raise TurnFailed("too little learning in the measured time; raise --seconds")
     (start, first_step), (end, last_step) = counted[0], times[-1]
     return (last_step - first_step) / (end - start)
 
@@ -330,7 +332,9 @@ def main():
     parser.add_argument("--sweep", nargs="+", help="an argument of CleanQ's, and its values")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds not measured")
+    parser.add_argument(
+        "--warm-up", type=float, default=3.0, help="seconds of learning that are not measured"
+    )
     parser.add_argument("--seconds", type=float, default=12.0, help="seconds measured in a turn")
     parser.add_argument("--profile", type=Path, help="folder for traces; nothing is compared")
     parser.add_argument("--record", help="folder of the record")

@@ -43,20 +43,20 @@ def flags_of(options):
 class Clock:
     """Counts a peer's steps. Prints the rate over `seconds` after the warm-up and ends the process.
 
-    The warm-up ends `warm_up` seconds after the first step, but not before `learning_starts` steps.
+    The warm-up begins with step `learning_starts` and takes `warm_up` seconds.
     """
 
     def __init__(self, learning_starts, warm_up, seconds):
         self.learning_starts, self.warm_up, self.seconds = learning_starts, warm_up, seconds
-        self.step, self.begun, self.start = 0, None, None
+        self.step, self.learning, self.start = 0, None, None
 
     def tick(self, steps=1):
         self.step += steps
         now = time.perf_counter()
-        if self.begun is None:
-            self.begun = now
+        if self.learning is None and self.step >= self.learning_starts:
+            self.learning = now
         if self.start is None:
-            if now >= self.begun + self.warm_up and self.step >= self.learning_starts:
+            if self.learning is not None and now >= self.learning + self.warm_up:
                 self.start = self.step, now
         elif now >= self.start[1] + self.seconds:
             rate = (self.step - self.start[0]) / (now - self.start[1])

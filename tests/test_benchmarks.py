@@ -713,12 +713,14 @@ def test_throughput_reads_the_scripts_log():
 
     steps = np.cumsum([100] * 30 + [50] * 40)
     times = [(0.1 * i, step) for i, step in enumerate(steps.tolist())]
-    assert rate_of(times, times[5:], warm_up=3.0, seconds=3.9) == pytest.approx(500)
+    assert rate_of(times, times[5:], warm_up=2.5, seconds=3.9) == pytest.approx(500)
     assert rate_of(times, times, warm_up=0.0, seconds=6.9) > 600
-    # learning begins at the 36th entry
+    # learning begins at the 36th entry, and the warm-up with it
     assert rate_of(times, times[35:], warm_up=0.0, seconds=3.4) == pytest.approx(500)
+    with pytest.raises(TurnFailed, match="raise --seconds"):
+        rate_of(times, times[35:], warm_up=3.0, seconds=3.4)
     for learning, warm_up in (([], 3.0), (times, 6.0)):
-        with pytest.raises(TurnFailed, match="raise --warm-up"):
+        with pytest.raises(TurnFailed, match="raise --seconds"):
             rate_of(times, learning, warm_up, seconds=3.0)
 
 
