@@ -4,6 +4,7 @@ Their losses are those of the files on vectors, whose tests look at every detail
 through the convolutions, with the discounts gamma^k of n-step returns.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -458,7 +459,10 @@ def test_a_run_of_pqn_learns_from_what_the_games_did(in_tmp, monkeypatch):
 
 
 def test_a_minibatch_of_pqn_is_never_empty(in_tmp, monkeypatch):
-    """Four steps of one game, of which one may be its reset, in four minibatches."""
+    """Four steps of one game, of which one may be its reset, in four minibatches.
+
+    A game lasts 40 steps.
+    """
     script, sizes = load("pqn_atari"), []
     td_loss = script.td_loss
 
@@ -467,10 +471,12 @@ def test_a_minibatch_of_pqn_is_never_empty(in_tmp, monkeypatch):
         return td_loss(q_network, batch, args)
 
     monkeypatch.setattr(script, "td_loss", counted)
-    options = small("pqn_atari") | {"total_timesteps": 1200, "end_e": 1.0, "eval_episodes": 0}
+    short = functools.partial(script.make_envs, max_num_frames_per_episode=160)
+    monkeypatch.setattr(script, "make_envs", short)
+    options = small("pqn_atari") | {"total_timesteps": 120, "end_e": 1.0, "eval_episodes": 0}
     options |= {"num_envs": 1, "num_steps": 4, "num_minibatches": 4, "update_epochs": 1}
     main_in_process(script, options, monkeypatch)
-    assert 1195 <= len(sizes) < 1200 and set(sizes) == {1}
+    assert 115 <= len(sizes) < 120 and set(sizes) == {1}
 
 
 def prioritized(rows, num_envs=1, n_step=1, alpha=0.5, beta=0.4):
