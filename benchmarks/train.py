@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,6 +130,18 @@ def default_env_id(script):
     return found and found[1]
 
 
+def poll(process):
+    """`process.poll()`, with a Ctrl-C only after it.
+
+    Within it, Ctrl-C can leave a lock taken, and then `process.wait()` waits for ever.
+    """
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        return process.poll()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def run_all(runs, flags, folder, jobs, keep=False):
     """Train the runs that are not done, `jobs` at a time. -> {run: seconds}
 
@@ -156,7 +169,7 @@ def run_all(runs, flags, folder, jobs, keep=False):
                         del running[run]
                         todo.insert(0, run)
                     continue
-                if process.poll() is None:
+                if poll(process) is None:
                     continue
                 del running[run]
                 place = run.place(folder)

@@ -19,6 +19,7 @@ from train import (
     events_of,
     lines_of,
     locked,
+    poll,
     start,
     write_atomically,
 )
@@ -96,7 +97,7 @@ class Runs:
 
     def is_running(self, run):
         if self.processes.get(run):
-            return self.processes[run].poll() is None
+            return poll(self.processes[run]) is None
         lock = locked(run.place(self.folder))
         if lock:
             lock.close()

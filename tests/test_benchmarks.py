@@ -387,11 +387,29 @@ def test_ctrl_c_stops_a_study(repository, tmp_path):
     while len([*folder.rglob("steps")]) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(tool.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the runs, too
-    _, errors = tool.communicate()
+    _, errors = tool.communicate(timeout=120)
     assert tool.returncode != 0 and "the same command goes on" in errors
     assert not [*folder.rglob("done")] and "Traceback" not in errors
     done = subprocess.run(command, **{key: options[key] for key in ("text", "env")}, stdout=-1)
     assert done.returncode == 0 and "| 2 | 100 | 2.0 +- 0.0 |" in done.stdout
+
+
+def test_ctrl_c_comes_after_a_poll():
+    """Popen.poll() takes a lock and would keep it; Ctrl-C is sent while it runs."""
+    from train import poll
+
+    class Process:
+        done = False
+
+        def poll(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            self.done = True
+
+    process = Process()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        poll(process)
+    assert process.done and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_study_has_one_commit_and_one_set_of_flags(repository, tmp_path):

@@ -659,7 +659,7 @@ def test_ctrl_c(repository, tmp_path):
     while time.monotonic() < deadline and not runs_of(study):
         time.sleep(0.01)
     os.killpg(tool.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the runs, too
-    _, errors = tool.communicate()
+    _, errors = tool.communicate(timeout=120)
     assert tool.returncode != 0 and "the same command goes on" in errors
     assert "Traceback" not in errors
     done = tune(repository, *words)
