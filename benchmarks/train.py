@@ -135,11 +135,17 @@ def poll(process):
 
     Within it, Ctrl-C can leave a lock taken, and then `process.wait()` waits for ever.
     """
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    handler, interrupts = signal.getsignal(signal.SIGINT), []
+    if not callable(handler):  # Ctrl-C is ignored
         return process.poll()
+    try:
+        signal.signal(signal.SIGINT, lambda *signal_and_frame: interrupts.append(signal_and_frame))
+        status = process.poll()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, handler)
+    for signal_and_frame in interrupts:
+        handler(*signal_and_frame)
+    return status
 
 
 def run_all(runs, flags, folder, jobs, keep=False):

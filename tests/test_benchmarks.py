@@ -394,7 +394,8 @@ def test_ctrl_c_stops_a_study(repository, tmp_path):
     assert done.returncode == 0 and "| 2 | 100 | 2.0 +- 0.0 |" in done.stdout
 
 
-def test_ctrl_c_comes_after_a_poll():
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_comes_after_a_poll(handler):
     """Popen.poll() takes a lock and would keep it; Ctrl-C is sent while it runs."""
     from train import poll
 
@@ -403,13 +404,18 @@ def test_ctrl_c_comes_after_a_poll():
 
         def poll(self):
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
             self.done = True
+            return 3
 
     process = Process()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt):
-        poll(process)
-    assert process.done and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    signal.signal(signal.SIGINT, handler)
+    if handler == signal.SIG_IGN:
+        assert poll(process) == 3
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            poll(process)
+    assert process.done and signal.getsignal(signal.SIGINT) == handler
 
 
 def test_a_study_has_one_commit_and_one_set_of_flags(repository, tmp_path):
