@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
+import forked
 import numpy as np
 import pytest
 import squares
@@ -340,12 +340,7 @@ def check_first_weights(path, monkeypatch):
 
 def test_a_run_logs_and_resumes(tmp_path, monkeypatch):
     command = [sys.executable, str(ALGOS / f"{NAME}.py")]
-    first = subprocess.run(
-        [*command, *flags(OPTIONS), "--checkpoint-replay"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    first = forked.run([*command, *flags(OPTIONS), "--checkpoint-replay"], cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     path = next(tmp_path.glob("runs/*/checkpoint.pt"))
     logged = scalars(path.parent)
@@ -357,7 +352,7 @@ def test_a_run_logs_and_resumes(tmp_path, monkeypatch):
     assert state["global_step"] == 400 and state["replay"][rows] == 20 * 16
     check_first_weights(path, monkeypatch)
     more = ["--resume", str(path), "--total-timesteps", "600"]
-    second = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True)
+    second = forked.run([*command, *more], cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     state = torch.load(path)
     assert state["global_step"] == 600 and state["replay"][rows] == 30 * 16

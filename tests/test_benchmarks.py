@@ -764,40 +764,37 @@ def test_a_record_of_throughput(repository):
 
 
 def test_a_record_of_a_profile(repository):
-    """The page has the table, results.json the numbers; the trace is elsewhere."""
+    """The page has the table, results.json the numbers; the trace is elsewhere.
+
+    The FLOPs of a step of CartPole, with 4 games, batch 128 and an update in 10 steps, counted by
+    hand: layers of D x H weights take 2 D H FLOPs an observation forward, as many for the weights'
+    gradient, and as many for the input's, but for the first layer. Every fourth step acts for four
+    games."""
+    import throughput
+
     shutil.copy(ROOT / "algos" / "dqn_cartpole.py", repository / "algos")
     git(repository, "add", "-A")
     git(repository, "commit", "-qm", "a script")
     words = ["--task", "cartpole", "--profile", "../traces", "--record", "record"]
-    done = run(repository, "benchmarks/throughput.py", *words, "--variants", "num_envs=4")
+    variant = "start_e=0 end_e=0 num_envs=4"
+    done = run(repository, "benchmarks/throughput.py", *words, "--variants", variant)
     assert done.returncode == 0, done.stdout + done.stderr
     record = repository / "record"
-    found = json.loads((record / "results.json").read_text())["profiles"]["CleanQ num_envs=4"]
+    found = json.loads((record / "results.json").read_text())["profiles"][f"CleanQ {variant}"]
     page = (record / "README.md").read_text()
-    assert "## CleanQ num_envs=4\n" in page and f"| act | {found['parts']['act']:,.1f} |" in page
+    assert f"## CleanQ {variant}\n" in page and f"| act | {found['parts']['act']:,.1f} |" in page
+    assert "the rest: Python, logs, target network" in page
     assert {path.name for path in record.iterdir()} == {"README.md", "results.json"}
-    assert (repository.parent / "traces" / "num_envs_4.json.gz").exists()
-
-
-def test_the_flops_of_a_step(tmp_path):
-    """CartPole, 4 games, batch 128, an update in 10 steps, counted by hand: layers of D x H weights
-    take 2 D H FLOPs an observation forward, as many for the weights' gradient, and as many for the
-    input's, but for the first layer. Every fourth step acts for four games."""
-    import throughput
-
-    args = argparse.Namespace(task="cartpole", threads=1, profile=tmp_path)
-    args.variants = ["start_e=0 end_e=0 num_envs=4"]
-    found = throughput.step_of(args, *args.variants, tmp_path / "trace.json.gz")
+    (trace,) = (repository.parent / "traces").glob("*.json.gz")
+    assert trace.stat().st_size > 10_000
     sizes = [2 * 4 * 120, 2 * 120 * 84, 2 * 84 * 2]
     update = 128 * (sum(sizes) * 3 + sum(sizes[1:]))  # theta, theta^-, two gradients
     assert found["flops"] == pytest.approx(sum(sizes) + update / 10, rel=0.02)
     assert {"act", "td_loss", "backward", "optimizer.step", "replay.sample"} <= set(found["parts"])
     parts = sum(found["parts"].values())
     assert all(us > 0 for us in found["parts"].values()) and parts < found["step us"]
-    assert (tmp_path / "trace.json.gz").stat().st_size > 10_000
-    page = throughput.profile_report("DQN", found, matrix=1e9)
-    assert f"| act | {found['parts']['act']:,.1f} |" in page
-    assert "the rest: Python, logs, target network" in page
+    shown = throughput.profile_report("DQN", found, matrix=1e9)
+    assert f"| act | {found['parts']['act']:,.1f} |" in shown
 
 
 def test_the_roofline():
