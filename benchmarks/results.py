@@ -9,10 +9,11 @@ A whole table stands between two comments, the first of which names its kind and
     <!-- end of results -->
 
 Kinds: `learning` (records of train.py; RECORD/SCRIPT takes one script of a record), `minatar` (the
-same, one column for each game), `throughput`, `speedrun` and `overestimation` (of those tools),
-`growth` (of storage.py). A word rows=PATTERN keeps the rows whose name it matches, a regular
-expression without spaces. In any other table, a row that names a script and links a record of
-train.py or tabular.py has its "5 of 5" from that record: how many seeds reached the goal.
+same, one column for each game), `atari` (the same, a row for each run), `throughput`, `speedrun`
+and `overestimation` (of those tools), `growth` (of storage.py). A word rows=PATTERN keeps the rows
+whose name it matches, a regular expression without spaces. In any other table, a row that names a
+script and links a record of train.py or tabular.py has its "5 of 5" from that record: how many
+seeds reached the goal.
 """
 
 import argparse
@@ -38,6 +39,10 @@ BLOCK = re.compile(
 )
 REACHED = re.compile(r"\b\d+ of \d+\b")
 NAMES = {"QRDQN": "QR-DQN"}  # Stable-Baselines3's and Tianshou's
+# Flags that do not change what is learned, and --total-timesteps, which has its own column.
+NOT_LEARNING = re.compile(
+    r"--(total-timesteps|torch-threads|eval-\w+|checkpoint-frequency) \S+ ?|--checkpoint-replay ?"
+)
 
 
 def read_record(name):
@@ -102,6 +107,25 @@ def minatar_table(records, page):
     lines = [table_row(head), table_row(["---", *["---:"] * len(games)])]
     for script, cells in rows.items():
         lines.append(table_row([f"`{script}.py`", *(cells.get(game, "") for game in games)]))
+    return lines
+
+
+def atari_table(records, page):
+    """A row for each run: its flags, its best and its last evaluation."""
+    head = ["game", "file and flags", "seed", "steps", "hours", "best evaluation", "at step"]
+    lines = [table_row([*head, "last evaluation", "record"])]
+    lines += [table_row(["---", "---", *["---:"] * 6, "---"])]
+    for name in records:
+        record = read_record(name)
+        flags = NOT_LEARNING.sub("", " ".join(record.get("flags", []))).strip()
+        for run in record["runs"]:
+            best, step = max(zip(run["returns"], run["steps"]), key=lambda found: found[0])
+            command = f"`{run['script']}.py {flags}".strip() + "`"
+            cells = [run["env_id"].removesuffix("NoFrameskip-v4"), command, f"{run['seed']}"]
+            cells += [f"{run['steps'][-1]:,}", f"{run['seconds'] / 3600:.1f}"]
+            cells += [f"{best:.1f}", f"{step:,}"]
+            cells += [f"{run['final_return']:.1f} +- {run['final_std']:.1f}", link(name, page)]
+            lines.append(table_row(cells))
     return lines
 
 
@@ -195,6 +219,7 @@ TABLES = {
     "overestimation": overestimation_table,
     "learning": learning_table,
     "minatar": minatar_table,
+    "atari": atari_table,
     "throughput": throughput_table,
     "growth": growth_table,
     "speedrun": speedrun_table,

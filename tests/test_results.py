@@ -122,6 +122,24 @@ def test_a_table_of_minatar(project):
     ]
 
 
+def test_a_table_of_atari(project):
+    """The flags that change what is learned, the best evaluation and its step, the last one."""
+    flags = "--total-timesteps 3000 --n-step 3 --torch-threads 1 --eval-episodes 20"
+    flags += " --checkpoint-frequency 1 --checkpoint-replay --adam-eps 1e-5"
+    evaluations = {"steps": [1000, 2000, 3000], "returns": [-21.0, 4.0, 3.5], "final_std": 1.25}
+    runs = [make_run("a", 7, 3.5, "PongNoFrameskip-v4", seconds=5400.0, **evaluations)]
+    write_record(project, "pong", {"flags": flags.split(), "runs": runs})
+    write_record(project, "old", {"runs": runs})
+    page = project / "README.md"
+    page.write_text("<!-- results: atari pong old -->\n<!-- end of results -->\n")
+    assert results(project).returncode == 0
+    rest = "| 7 | 3,000 | 1.5 | 4.0 | 2,000 | 3.5 +- 1.2 | [record](benchmarks/records/"
+    assert page.read_text().splitlines()[3:-1] == [
+        f"| Pong | `a.py --n-step 3 --adam-eps 1e-5` {rest}pong) |",
+        f"| Pong | `a.py` {rest}old) |",
+    ]
+
+
 def test_a_table_of_throughput(project):
     """The peer is the fastest of the same algorithm; C51 without one has no ratio."""
     rates = {"CleanQ script=dqn_cartpole num_envs=4": [3000.0, 4000.0, 5000.0]}
