@@ -14,9 +14,9 @@ Parent: dqn_cartpole.py. What changes: --reward, --max-episode-steps, --hidden-s
 
 Deviations from the paper: those of dqn_cartpole.py, but 2: a learning rate of 1e-3, an
 update every 2 steps, replay 200,000, start 2,000; and 4: target period 250 updates.
-In Korean course notes the exercise has three hidden layers of 512, gamma 1, 1,000 random samples
-after each episode, and theta^- refreshed every 50 episodes. This file counts steps; with episodes
-of 100 steps, this is closest (seed 1: -148):
+Korean course notes on DQN use three hidden layers of 512, gamma 1, 1,000 random samples after each
+episode, and refresh theta^- every 50 episodes. This file counts steps. With episodes of 100 steps,
+this is closest (seed 1: -148, without a record):
     --hidden-sizes 512 512 512 --gamma 1 --batch-size 1000 --train-frequency 100
     --target-network-frequency 5000
 

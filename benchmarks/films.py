@@ -1,6 +1,6 @@
 """Short films of the networks in a record, beside their action values.
 
-    python benchmarks/films.py benchmarks/records/2026-01-01_cartpole
+    python benchmarks/films.py benchmarks/records/2026-11-29_cartpole_500k
 
 For each file in the record's networks/ it plays one greedy episode, of a seed that no training had,
 and writes films/NAME.gif: 25 pictures a second, at most --seconds. Next to the game stands a bar
